@@ -1,0 +1,55 @@
+# `make help` lists the targets. Everything is installed into .venv in this folder; nothing outside it is touched.
+PYTHON ?= python3
+UV_VERSION := 0.13.8
+UV := .uv/bin/uv
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+export PYTHONUNBUFFERED := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test check format chaos wheel lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## install the pinned environment into .venv
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mim_ray needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(UV) || { $(PYTHON) -m venv .uv && .uv/bin/pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
+	@test -x $(BIN)/python || $(UV) venv -q --python "$$(command -v $(PYTHON))" .venv
+	$(UV) pip install -q --python $(BIN)/python -r requirements.lock
+	$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## run every stage on a synthetic shop; writes runs/demo/report.html
+	$(BIN)/python jobs/demo.py
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest -m "not chaos"
+
+chaos: $(STAMP)  ## long kill and soak tests
+	$(BIN)/python -m pytest -m chaos
+
+check: $(STAMP)  ## lint, types, import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: $(STAMP)  ## build dist/mim_ray-*.whl
+	$(BIN)/python -m build --wheel --no-isolation
+
+lock: $(UV)  ## renew requirements.lock from pyproject.toml
+	$(UV) pip compile -q --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
+	  --extra dev pyproject.toml -o requirements.lock
+
+clean:  ## remove the environment, caches and runs
+	rm -rf .venv .uv runs dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

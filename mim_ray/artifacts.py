@@ -1,0 +1,259 @@
+"""What a stage leaves at a URI: safetensors, JSON, the resolved scenario, metrics and the versions of its parents.
+
+An artifact is a folder. `artifact.json` is written last and makes it complete; a folder without it is an attempt that
+did not finish and is done again. Nothing here pickles. URIs are absolute: a local path, file://, s3://, gs:// (pyarrow.fs).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from mim_ray.config import Scenario
+from mim_ray.errors import ArtifactError, ConfigError
+
+MANIFEST = "artifact.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Content of artifact.json.
+
+    Attributes:
+        fingerprint: hash of the stage's settings and of its parents' fingerprints; equal means "need not run again".
+        parents: stage name -> fingerprint of what it was made from.
+        metrics: figures of the run. summary: (label, text) rows as printed.
+    """
+
+    stage: str
+    fingerprint: str
+    created_at: str
+    seconds: float
+    parents: Mapping[str, str]
+    metrics: Mapping[str, Any]
+    summary: Sequence[Sequence[str]]
+    rejects: Mapping[str, int]
+    scenario: Mapping[str, Any]
+
+
+def absolute_uri(root: str) -> str:
+    """`root` as an absolute URI; a relative path is taken from the current folder.
+
+    Raises:
+        ConfigError: a relative path inside a submitted Ray job, which runs in an uploaded copy of the folder.
+    """
+    if "://" in root:
+        return root.rstrip("/")
+    path = Path(root).expanduser()
+    if not path.is_absolute() and in_submitted_job():
+        raise ConfigError(
+            f"{root} is a relative path, but a submitted job runs in an uploaded copy of your folder, so it would be "
+            f"lost. Give an absolute path or a URI that every node reaches, such as s3://bucket/{path.name}."
+        )
+    return str(path.resolve())
+
+
+def in_submitted_job() -> bool:
+    """Whether this process is the entry point of `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """pyarrow filesystem and path inside it.
+
+    Raises:
+        ArtifactError: no filesystem for this kind of URI.
+    """
+    try:
+        return pafs.FileSystem.from_uri(uri if "://" in uri else Path(uri).absolute().as_uri())
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise ArtifactError(
+            f"{uri} is no URI that can be used ({error}). Use a path, file://, s3:// or gs://."
+        ) from None
+
+
+def local_path(uri: str) -> Path | None:
+    """The path when the URI is on this machine's file system, else None."""
+    if "://" not in uri:
+        return Path(uri)
+    fs, path = filesystem(uri)
+    return Path(path) if isinstance(fs, pafs.LocalFileSystem) else None
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return fs.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def remove(uri: str) -> None:
+    """Delete a file or a folder with all it holds, if it is there."""
+    fs, path = filesystem(uri)
+    kind = fs.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        fs.delete_dir(path)
+    elif kind == pafs.FileType.File:
+        fs.delete_file(path)
+
+
+def list_files(uri: str, suffix: str = "") -> list[str]:
+    """URIs of the files below a folder (or the file itself), sorted."""
+    fs, path = filesystem(uri)
+    info = fs.get_file_info(path)
+    if info.type == pafs.FileType.File:
+        return [uri]
+    if info.type == pafs.FileType.NotFound:
+        return []
+    base = uri.rstrip("/")
+    found = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    return sorted(
+        base + entry.path[len(path.rstrip("/")) :]
+        for entry in found
+        if entry.type == pafs.FileType.File and entry.path.endswith(suffix)
+    )
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Write a file so that readers see all of it or nothing: on local disks by rename, elsewhere by one object PUT."""
+    fs, path = filesystem(uri)
+    parent = path.rpartition("/")[0]
+    if isinstance(fs, pafs.LocalFileSystem):
+        os.makedirs(parent, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=parent, prefix=".tmp-")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    else:
+        with fs.open_output_stream(path) as stream:
+            stream.write(content)
+
+
+def read_bytes(uri: str) -> bytes:
+    """
+    Raises:
+        ArtifactError: there is no such file.
+    """
+    fs, path = filesystem(uri)
+    try:
+        with fs.open_input_stream(path) as stream:
+            return stream.read()
+    except FileNotFoundError:
+        raise ArtifactError(f"{uri} is not there. Run the stage that makes it first.") from None
+
+
+def write_json(uri: str, value: Any) -> None:
+    write_bytes(uri, json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode())
+
+
+def read_json(uri: str) -> Any:
+    """
+    Raises:
+        ArtifactError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{uri} is damaged ({error}). Delete its folder and run the stage again.") from None
+
+
+def write_tensors(uri: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """All state is flat safetensors; shared storage is copied."""
+    write_bytes(
+        uri, save_safetensors({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()})
+    )
+
+
+def read_tensors(uri: str) -> dict[str, torch.Tensor]:
+    """
+    Raises:
+        ArtifactError: the file is missing or no safetensors file.
+    """
+    try:
+        return load_safetensors(read_bytes(uri))
+    except SafetensorError as error:
+        raise ArtifactError(f"{uri} is damaged ({error}). Delete its folder and run the stage again.") from None
+
+
+def read_manifest(uri: str) -> Manifest | None:
+    """The manifest of the artifact at `uri`, or None when there is no complete one."""
+    path = f"{uri}/{MANIFEST}"
+    if not exists(path):
+        return None
+    try:
+        return Manifest(**read_json(path))
+    except (ArtifactError, TypeError):
+        return None
+
+
+def write_manifest(uri: str, manifest: Manifest) -> None:
+    """Mark the artifact complete. Call last."""
+    write_json(f"{uri}/{MANIFEST}", asdict(manifest))
+
+
+def fingerprint(*parts: Any) -> str:
+    """Short stable hash of JSON-able values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def source_fingerprint(uri: str) -> str:
+    """Hash of names, sizes and times of the files below `uri`: changes when a user's table changes."""
+    fs, path = filesystem(uri)
+    info = fs.get_file_info(path)
+    entries = [info] if info.type == pafs.FileType.File else fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    files = [(entry.path, entry.size, entry.mtime_ns) for entry in entries if entry.type == pafs.FileType.File]
+    return fingerprint(sorted(files))
+
+
+def local_copy(uri: str) -> Path:
+    """A local folder or file with the content of `uri`: itself when local, else a download kept by its fingerprint."""
+    path = local_path(uri)
+    if path is not None:
+        return path
+    cache = Path(os.environ.get("MIM_RAY_CACHE", Path.home() / ".cache" / "mim_ray")) / source_fingerprint(uri)
+    if not cache.exists():
+        partial = Path(tempfile.mkdtemp(dir=_made(cache.parent)))
+        for file in list_files(uri):
+            target = partial / (file[len(uri) :].lstrip("/") or uri.rpartition("/")[2])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(read_bytes(file))
+        try:
+            partial.rename(cache)
+        except OSError:  # another process was first
+            shutil.rmtree(partial)
+    return cache
+
+
+def now() -> str:
+    """UTC time as text."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def run_root(scenario: Scenario) -> str:
+    """Absolute URI under which the scenario's stages leave their artifacts."""
+    if scenario.run.root is not None:
+        return absolute_uri(scenario.run.root)
+    if in_submitted_job():
+        return str(Path.home() / "mim_ray_runs" / scenario.name)
+    return absolute_uri(f"runs/{scenario.name}")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,337 @@
+"""The one file that says what can be set, with default, range and the paper's value.
+
+A scenario is a frozen tree of sections. YAML files in `scenarios/` hold only what differs from the defaults here;
+`section.key=value` on the command line overrides both (see `load.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class Run(Section):
+    """Where stages leave their artifacts, and what one machine may use."""
+
+    root: str | None = None
+    """Folder or URI for the artifacts. Default: runs/<scenario> here; in a submitted job ~/mim_ray_runs/<scenario>."""
+    seed: Count = 0
+    """Every random choice derives from it."""
+    num_cpus: Positive | None = None
+    """CPUs of the embedded Ray (ignored when joining a cluster). Default: all of this machine."""
+    num_gpus: Count | None = None
+    """GPUs of the embedded Ray. Default: what Ray finds."""
+    object_store_mb: Annotated[int, Field(ge=80)] = 400
+    """Shared memory of the embedded Ray, in MiB."""
+
+
+class Data(Section):
+    """The user's own tables."""
+
+    root: str | None = None
+    """Folder or URI with items and interactions (and, if there are, impressions and interest_pairs), each NAME.parquet
+    (a file or a folder) or NAME (a Delta table or a folder of Parquet files). Without it the synthetic shop is built."""
+    max_image_bytes: Positive = 8_000_000
+    """An encoded image larger than this is rejected before decoding."""
+    max_image_pixels: Positive = 50_000_000
+    """An image with more pixels than this is rejected before decoding."""
+    max_title_chars: Positive = 2_000
+    """A longer title is cut."""
+
+
+class Synthetic(Section):
+    """The seeded shop with known click probabilities."""
+
+    num_items: Positive = 3_000
+    num_users: Positive = 2_000
+    num_impressions: Positive = 160_000
+    num_weeks: Positive = 8
+    num_categories: Positive = 8
+    style_share: Ratio = 0.4
+    """Share of the click logit's variance that is the user's taste for style (content can know it)."""
+    individual_share: Ratio = 0.3
+    """Share that is the user's own taste for items, which content cannot explain."""
+    popularity_share: Ratio = 0.3
+    """Share that is the item's popularity."""
+    logit_std: PositiveFloat = 2.0
+    """Standard deviation of the click logit."""
+    base_ctr: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Click probability at a mean logit."""
+    initial_items_ratio: Ratio = 0.4
+    """Part of the catalogue that exists before the first event; the rest arrives evenly over the weeks."""
+    num_image_searches: Count = 9_000
+    """Image searches that end in a purchase of an item of the wanted style."""
+    image_size: Annotated[int, Field(ge=16)] = 48
+    """Side of the rendered pictures, in pixels."""
+    missing_image_ratio: Ratio = 0.02
+    missing_title_ratio: Ratio = 0.02
+    title_style_ratio: Ratio = 0.5
+    """Chance that a style factor is named in the title."""
+
+
+class Samples(Section):
+    """From raw events to interest_pairs and impressions."""
+
+    positive_events: tuple[str, ...] = ("click", "purchase")
+    """Events that show interest: they build the behaviors and, with impressions, the labels."""
+    pair_events: tuple[str, ...] = ("purchase",)
+    """Events whose item is the positive of an interest pair (paper: purchases)."""
+    min_rating: float | None = None
+    """An event that carries a rating is positive only from this rating on."""
+    impression_event: str = "impression"
+    """The event that says an item was shown. Without such events negatives are drawn."""
+    click_window_s: PositiveFloat = 1_800.0
+    """Without impression ids, a positive belongs to the user's last impression of the item within this time."""
+    num_drawn_negatives: Positive = 4
+    """Negatives drawn for each positive when the log has no impressions."""
+    drawn_window_days: PositiveFloat = 28.0
+    """Drawn negatives come from the events of this many days that end at the sample's time."""
+    drawn_uniform_ratio: Ratio = 0.2
+    """Part of the drawn negatives taken evenly from all items that existed then: the floor for items without events."""
+    pair_window_days: PositiveFloat = 30.0
+    """Built pairs join two consecutive positives of a user at most this far apart."""
+    max_behaviors: Positive = 50
+    """Newest behaviors kept per impression (paper's production: up to 1,000)."""
+    time_resolution: Literal["exact", "day"] = "exact"
+    """"day": timestamps are dates, so nothing of the same day may be seen."""
+    validation_ratio: Ratio = 0.1
+    """Share of impressions, by time, in validation (without a split column)."""
+    test_ratio: Ratio = 0.2
+    """Share of impressions, by time, in test (without a split column)."""
+    validation_start: str | None = None
+    """ISO time from which impressions are validation; overrides validation_ratio."""
+    test_start: str | None = None
+    """ISO time from which impressions are test; overrides test_ratio."""
+
+
+class Vision(Section):
+    """F_V, the image tower."""
+
+    model: str = "eva02_base_patch14_224"
+    """A timm model name (paper: EVA-02)."""
+    weights: str | None = None
+    """Local folder with safetensors, or `hub` for timm's public weights. None: random initialisation ("untrained")."""
+    image_size: Annotated[int, Field(ge=16)] = 224
+    """Side of the square input, in pixels."""
+    resize: Literal["shortest", "longest", "squash"] = "shortest"
+    """How a picture becomes square: crop the longer side, pad the shorter, or squash."""
+    model_args: dict[str, int | float | bool | str] = {}
+    """Arguments of the architecture that differ from the named model's, for small versions."""
+
+
+class Text(Section):
+    """F_L, the language tower."""
+
+    model: str = "BAAI/bge-base-en-v1.5"
+    """A transformers hub name or local folder (paper: BGE), or a model type such as `bert` with model_args."""
+    weights: str | None = None
+    """Local folder with safetensors, or `hub` to download `model`. None: random initialisation ("untrained")."""
+    max_tokens: Annotated[int, Field(ge=4)] = 64
+    """Longer titles are cut."""
+    vocabulary_size: Annotated[int, Field(ge=64)] = 8_000
+    """Size of the WordPiece vocabulary trained on the catalogue where no weights bring a tokenizer."""
+    model_args: dict[str, int | float | bool | str] = {}
+    """Arguments of the configuration that differ from the model type's, for small versions."""
+
+
+class Encoders(Section):
+    """Eqs. 2-4."""
+
+    vision: Vision = Vision()
+    text: Text = Text()
+    width: Positive = 256
+    """D: width of h^img, h^txt and h^MM."""
+    fusion: Literal["tfn", "concat"] = "tfn"
+    """Eq. 3's outer product, or its ablation (Table 5)."""
+    fusion_hidden: Positive = 512
+    """Hidden width of the MLP of Eq. 4."""
+
+
+class Workers(Section):
+    """Ray Train workers of a stage."""
+
+    num_workers: Positive = 1
+    """P. Gradients and negatives cross all of them."""
+    cpus_per_worker: PositiveFloat = 1.0
+    threads_per_worker: Positive | None = None
+    """Torch threads. Default: this machine's cores divided by the workers."""
+    use_gpu: bool = False
+    """One GPU for each worker."""
+    max_failures: Count = 3
+    """Restarts of the worker group after a crash."""
+
+
+class Pretraining(Workers):
+    """Section 3.2: DDA for both towers, then DMA."""
+
+    batch_size: Positive = 256
+    """Per worker."""
+    vision_dda_steps: Count = 2_000
+    """Masked image modelling."""
+    text_dda_steps: Count = 2_000
+    """Masked language modelling."""
+    dma_steps: Count = 5_000
+    """Symmetric image-text contrastive training."""
+    learning_rate: PositiveFloat = 5e-4
+    warmup_ratio: Ratio = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    image_mask_ratio: Ratio = 0.6
+    """Part of the patches hidden in masked image modelling."""
+    text_mask_ratio: Ratio = 0.15
+    temperature: PositiveFloat = 0.07
+    """Start of DMA's learned temperature; 1/temperature is clamped at 100."""
+
+
+class Csft(Workers):
+    """Section 3.3: C-SFT with space-time negatives."""
+
+    batch_size: Positive = 1_024
+    """N, pairs per worker (paper: 1,024)."""
+    steps: Positive = 2_000
+    num_past_batches: Count = 10
+    """k: batches of the past whose items are negatives too (paper: 10)."""
+    past_warmup_steps: Count = 100
+    """Past batches join after this many steps: before, their embeddings drift too fast."""
+    hard_negatives: bool = True
+    """One other item of the positive's category per pair (Table 5: part of ST-NSG)."""
+    text_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    """alpha of Eq. 6 (paper: 0.5)."""
+    image_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
+    """beta of Eq. 6 (paper: 0.5)."""
+    temperature: PositiveFloat = 0.07
+    """Divides the cosine at each loss level; the paper prints none (1.0)."""
+    learn_temperature: bool = True
+    """One learned temperature per loss level, 1/temperature clamped at 100."""
+    mask_user_items: bool = True
+    """Mask the same user's other purchases where they appear as negatives."""
+    modality_dropout: Ratio = 0.05
+    """Chance that an item trains without its image, and likewise its title, so that one modality alone is understood."""
+    learning_rate: PositiveFloat = 3e-4
+    """Of projections and fusion."""
+    tower_learning_rate: PositiveFloat = 1e-4
+    """Of F_V and F_L."""
+    warmup_ratio: Ratio = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    signal: Literal["purchase", "click", "any"] = "any"
+    """Pairs used (Table 4: click is v4, purchase v5). "any": all pairs there are."""
+
+
+class Extraction(Section):
+    """MFM's writer."""
+
+    encoder: Literal["untrained", "pretraining", "csft"] = "csft"
+    """The stage whose encoder fills the table (Table 3's rows)."""
+    num_actors: Positive = 1
+    """Encoder actors; a fixed pool."""
+    cpus_per_actor: PositiveFloat = 1.0
+    gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
+    batch_size: Positive = 256
+    """Items encoded at once."""
+    shard_rows: Positive = 1_024
+    """Rows of a deterministic shard, the unit of exactly-once."""
+    commit_every_s: PositiveFloat = 5.0
+    """Finished shards become visible at least this often."""
+    snapshot_dtype: Literal["float32", "float16"] = "float32"
+
+
+class Ciubm(Workers):
+    """Section 3.4: the CTR model."""
+
+    backbone: Literal["sim", "din", "average"] = "sim"
+    """User behavior model of Eq. 1 (paper's default: SIM)."""
+    content: Literal["none", "mm", "style"] = "mm"
+    """Vectors behind Eqs. 7-9: none (base), the MM embeddings, or the synthetic shop's true styles."""
+    id_module: bool = True
+    """h_B^ID in Eq. 9 (Table 5)."""
+    content_module: bool = True
+    """h_B^MM, Eq. 7 (Table 5)."""
+    fusion_module: bool = True
+    """h_B^Fusion, Eq. 8 (Table 5)."""
+    similarity_histogram: bool = True
+    """Beside Eq. 9: a histogram of the behaviors' cosines to the target (SimTier, MUSE). False: the strict paper form."""
+    target_content: bool = False
+    """Feed the target's own MM vector (an ablation; the paper does not)."""
+    content_norm: Literal["sum", "mean", "log"] = "sum"
+    """Eqs. 7-8 as written (sum), divided by the number of behaviors, or by the logarithm of it."""
+    id_dim: Positive = 16
+    """Width of each ID embedding."""
+    hidden: tuple[Positive, ...] = (128, 64)
+    """Widths of the deep CTR network."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    max_behaviors: Positive = 50
+    """Newest behaviors used, at most samples.max_behaviors."""
+    num_searched: Positive = 20
+    """SIM: behaviors of the target's category that the general search unit keeps."""
+    num_short: Positive = 10
+    """SIM: newest behaviors of the short-term part."""
+    use_user_id: bool = True
+    """An embedding per known user."""
+    min_item_count: Positive = 1
+    """Items met less often in train share the unknown item's embedding."""
+    id_dropout: Ratio = 0.05
+    """Chance that a target trains as an unknown item, so that new items have a trained embedding."""
+    batch_size: Positive = 1_024
+    """Paper: 1,024."""
+    num_epochs: Positive = 1
+    learning_rate: PositiveFloat = 5e-3
+    """Adam (paper: 0.005)."""
+    seeds: tuple[int, ...] = (0,)
+    """One model per seed; reports give the mean."""
+
+
+class Evaluation(Section):
+    """How CTR models are judged."""
+
+    num_bootstrap: Positive = 200
+    """Resamples of users behind each 95 % interval."""
+    min_bucket_rows: Positive = 50
+    """No AUC from fewer rows of either label."""
+    variants: tuple[str, ...] = ("sim-base", "sim-mim", "din-base", "din-mim")
+    """Models that `run_all` trains and compares: BACKBONE-base, -mim or -style."""
+
+
+class Serving(Section):
+    """Serve apps."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0 picks a free port."""
+    num_replicas: Positive = 1
+    cpus_per_replica: PositiveFloat = 0.5
+    gpus_per_replica: Annotated[float, Field(ge=0.0)] = 0.0
+    max_candidates: Positive = 2_000
+    """More in one request is a 4xx."""
+    max_body_bytes: Positive = 12_000_000
+    """A larger request is refused before it is parsed."""
+    max_queued_requests: Positive = 200
+    """Beyond that: 503."""
+    window_s: PositiveFloat = 10.0
+    """New items are folded into the Delta table this often (paper 3.5, RIM)."""
+
+
+class Scenario(Section):
+    """Everything a run can be told."""
+
+    name: str = "default"
+    description: str = ""
+    run: Run = Run()
+    data: Data = Data()
+    synthetic: Synthetic = Synthetic()
+    samples: Samples = Samples()
+    encoders: Encoders = Encoders()
+    pretraining: Pretraining = Pretraining()
+    csft: Csft = Csft()
+    extraction: Extraction = Extraction()
+    ciubm: Ciubm = Ciubm()
+    evaluation: Evaluation = Evaluation()
+    serving: Serving = Serving()

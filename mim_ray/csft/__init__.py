@@ -1,0 +1,1 @@
+"""Section 3.3: content-interest-aware supervised fine-tuning."""

@@ -1,0 +1,1 @@
+"""Eqs. 2-4: vision and language towers, tensor fusion. Plain PyTorch."""

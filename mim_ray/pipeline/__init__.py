@@ -1,0 +1,1 @@
+"""Stages put together: run one, run all, the demo, the report."""

@@ -1,0 +1,1 @@
+"""Joining or starting Ray, progress, summaries. Knows no data and no model."""

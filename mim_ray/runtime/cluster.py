@@ -1,0 +1,76 @@
+"""Joining the Ray cluster this process belongs to, or starting a small one of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import ray
+from ray.data import DataContext
+from ray.exceptions import RayTaskError
+
+from mim_ray.config.scenario import Run, Workers
+from mim_ray.errors import MimRayError
+
+
+@contextlib.contextmanager
+def cluster(run: Run) -> Iterator[None]:
+    """Ray for the time of a block: the running one if there is one (RAY_ADDRESS, a submitted job), else an embedded one.
+
+    An embedded Ray has no dashboard, listens on this machine only, and is shut down at the end.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "600")  # a lost rank ends in an error, not in waiting
+    joined = bool(os.environ.get("RAY_ADDRESS")) or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if joined:
+        ray.init(address="auto", logging_level=logging.WARNING)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=run.num_cpus,
+            num_gpus=run.num_gpus,
+            object_store_memory=run.object_store_mb * 2**20,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+        )
+    _quiet()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_threads(workers: Workers) -> int:
+    """Torch threads of each worker: as configured, else this machine's cores shared evenly."""
+    if workers.threads_per_worker is not None:
+        return workers.threads_per_worker
+    return max(1, (os.cpu_count() or 1) // workers.num_workers)
+
+
+def user_error(error: BaseException) -> MimRayError | None:
+    """The mim_ray error at the root of `error`, which Ray may have wrapped several times; None if there is none."""
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        current = queue.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, MimRayError) and not isinstance(current, RayTaskError):
+            return current
+        queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        queue += list(getattr(current, "worker_failures", {}).values())
+        queue += [getattr(current, name, None) for name in ("controller_failure", "_controller_failure")]
+    return None
+
+
+def _quiet() -> None:
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # our own Progress shows rate and remaining time
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,1 @@
+"""RIM and ranking over HTTP."""

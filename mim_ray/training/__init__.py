@@ -1,0 +1,1 @@
+"""Ray Train plumbing. Knows no model."""
