@@ -14,6 +14,19 @@ Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Encoding = Literal["untrained", "pretraining", "csft"]
+"""The stage whose encoder is meant: Table 3's rows."""
+Variant = Literal[
+    "sim-base",
+    "sim-mim",
+    "sim-style",
+    "din-base",
+    "din-mim",
+    "din-style",
+    "average-base",
+    "average-mim",
+    "average-style",
+]
 
 
 class Section(BaseModel):
@@ -229,7 +242,7 @@ class Csft(Workers):
 class Extraction(Section):
     """MFM's writer."""
 
-    encoder: Literal["untrained", "pretraining", "csft"] = "csft"
+    encoder: Encoding = "csft"
     """The stage whose encoder fills the table (Table 3's rows)."""
     num_actors: Positive = 1
     """Encoder actors; a fixed pool."""
@@ -247,10 +260,9 @@ class Extraction(Section):
 class Ciubm(Workers):
     """Section 3.4: the CTR model."""
 
-    backbone: Literal["sim", "din", "average"] = "sim"
-    """User behavior model of Eq. 1 (paper's default: SIM)."""
-    content: Literal["none", "mm", "style"] = "mm"
-    """Vectors behind Eqs. 7-9: none (base), the MM embeddings, or the synthetic shop's true styles."""
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("sim-base", "sim-mim", "din-base", "din-mim")
+    """Models to train and compare. First the user behavior model of Eq. 1 (paper's default: SIM), then the vectors behind
+    Eqs. 7-9: none (base), the MM embeddings (mim), or the synthetic shop's true styles (style)."""
     id_module: bool = True
     """h_B^ID in Eq. 9 (Table 5)."""
     content_module: bool = True
@@ -296,8 +308,6 @@ class Evaluation(Section):
     """Resamples of users behind each 95 % interval."""
     min_bucket_rows: Positive = 50
     """No AUC from fewer rows of either label."""
-    variants: tuple[str, ...] = ("sim-base", "sim-mim", "din-base", "din-mim")
-    """Models that `run_all` trains and compares: BACKBONE-base, -mim or -style."""
 
 
 class Serving(Section):
