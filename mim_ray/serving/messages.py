@@ -1,0 +1,200 @@
+"""What the HTTP endpoints take and give, with the examples that the OpenAPI pages show.
+
+Everything that a caller sends is checked here for form: ids are short and not blank, base64 is base64, lists are not
+too long to be meant. What depends on the scenario (candidates per request, bytes, pixels) is in limits.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+MAX_ID_CHARS = 256
+MAX_BEHAVIORS = 10_000
+MAX_ITEMS_PER_REQUEST = 256
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("an id must not be blank")
+    if "\0" in value:
+        raise ValueError("an id must not hold a NUL character")
+    return value
+
+
+def _decode_base64(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = value
+    if text.startswith("data:"):  # what browsers give: data:image/png;base64,....
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):  # ValueError: characters outside ASCII
+        raise ValueError("this is no base64 text; encode the image file's bytes with base64") from None
+
+
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS), AfterValidator(_not_blank)]
+Base64Bytes = Annotated[bytes, BeforeValidator(_decode_base64, json_schema_input_type=str)]
+
+
+class Message(BaseModel):
+    """Unknown keys are refused, so that a misspelt one is noticed."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class RankRequest(Message):
+    """Candidates to rank for a user."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"user_id": "u17", "candidates": ["i3", "i1", "i2"], "top_k": 2}]}
+    )
+
+    user_id: Id
+    candidates: Annotated[list[Id], Field(min_length=1)]
+    """Item ids; one that is given twice is ranked once."""
+    behaviors: Annotated[list[Id], Field(max_length=MAX_BEHAVIORS)] | None = None
+    """Ids of the user's past items, oldest first. Default: those in the behavior store."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Answer with this many items only. Default: all."""
+
+
+class RankedItem(Message):
+    """One candidate with its click probability."""
+
+    item_id: str
+    prob: float
+    """Click probability in [0, 1]."""
+    unknown_item: bool = False
+    """The CTR model has no ID embedding of its own for the item: it is too new (or no item of this shop)."""
+    no_content: bool = False
+    """No MM embedding is known: the item was scored without content."""
+
+
+class RankResponse(Message):
+    """Candidates by falling click probability; equal ones keep the order of the request."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "request_id": "6f2d8f5c7c1e4a0f9b0e4a3f4c0d2b11",
+                    "items": [
+                        {"item_id": "i1", "prob": 0.31, "unknown_item": False, "no_content": False},
+                        {"item_id": "i3", "prob": 0.12, "unknown_item": True, "no_content": False},
+                    ],
+                    "num_behaviors": 12,
+                    "model_version": "sim-mim-3f1c9a0b7d2e",
+                    "encoder_version": "csft-0a1b2c3d4e5f",
+                    "degraded": False,
+                }
+            ]
+        }
+    )
+
+    request_id: str
+    items: list[RankedItem]
+    num_behaviors: int
+    """Past items that the ranking looked at."""
+    model_version: str
+    encoder_version: str | None
+    """Version of the MM embeddings behind the scores; null for a model without content."""
+    degraded: bool = False
+    """The model uses content, but none could be looked up: scored by ids alone."""
+
+
+class NewItem(Message):
+    """An item to encode: an image, a title, or both."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"item_id": "i900", "title": "striped blue mug", "image": "iVBORw0KGgo=", "category": "mugs"}]
+        }
+    )
+
+    item_id: Id
+    title: Annotated[str, Field(max_length=100_000)] | None = None
+    image: Base64Bytes | None = None
+    """Bytes of a JPEG, PNG or WebP file, as base64."""
+    category: Annotated[str, Field(max_length=MAX_ID_CHARS)] | None = None
+    """Several values may be joined by "|"; the first is the category."""
+    content_at: AwareDatetime | None = None
+    """Catalogue time of this content, with a time zone. Default: the time of the request."""
+
+
+class NewItemsRequest(Message):
+    """One item, or a batch under `items`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"item_id": "i900", "title": "striped blue mug", "image": "iVBORw0KGgo=", "category": "mugs"},
+                {
+                    "items": [
+                        {"item_id": "i901", "title": "plain red mug"},
+                        {"item_id": "i902", "image": "iVBORw0KGgo="},
+                    ]
+                },
+            ]
+        }
+    )
+
+    items: Annotated[list[NewItem], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_item(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "items" not in value:
+            return {"items": [value]}
+        return value
+
+
+class EncodedItem(Message):
+    """What became of one new item."""
+
+    item_id: str
+    encoder_version: str
+    content_hash: str
+    content_at: datetime
+    changed: bool
+    """False: the same content was already there, and nothing was done."""
+    rankable: bool
+    """The embedding is durable and visible to rankers."""
+
+
+class NewItemsResponse(Message):
+    """One entry per item, in the order of the request."""
+
+    items: list[EncodedItem]
+
+
+class Problem(Message):
+    """Why a request was not answered."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"error": "candidates holds 5,000 items; at most 2,000 are ranked at once."}]}
+    )
+
+    error: str
+    """A sentence: what is wrong, and what to do."""
+
+
+class Health(Message):
+    """The process answers."""
+
+    status: str = "ok"
+
+
+class Ready(Message):
+    """What this replica serves."""
+
+    status: str
+    model_version: str | None = None
+    encoder_version: str | None = None
+    num_items: int | None = None
+    """Items whose MM embedding is known."""
