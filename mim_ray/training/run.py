@@ -1,0 +1,132 @@
+"""From a training loop and its settings to a result: the thin shell of Ray Train around plain PyTorch.
+
+A loop runs on every worker inside a process group (gloo on CPUs, NCCL on GPUs) and calls `report` as often on each rank
+as on the others, because a report is a barrier. What a loop raises on purpose (a MimRayError) ends the run at once;
+anything else, a killed worker above all, restarts the group up to `workers.max_failures` times.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from mim_ray.artifacts import local_path
+from mim_ray.config.scenario import Workers
+from mim_ray.errors import TrainingError
+from mim_ray.runtime.cluster import user_error, worker_threads
+
+COLLECTIVE_TIMEOUT_S = 120
+
+# Ray Train's controller asks its workers how they are every 2 s and sees their end no sooner; a short run would wait
+# for that. The other two cost start-up time: a working folder per run (our URIs are absolute) and Train's own gauges.
+_TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+
+
+def run_workers(
+    loop: Callable[[dict[str, Any]], None],
+    config: Mapping[str, Any],
+    *,
+    workers: Workers,
+    name: str,
+    storage: str,
+) -> dict[str, Any]:
+    """Run `loop(config)` on every worker of a new group and wait for its end. Ray must be initialised.
+
+    Args:
+        loop: what a worker does; sees its place through `rank()` and `world_size()`, ends with `report(metrics)`.
+        config: JSON-able values for the loop.
+        name: of the run, for logs and the folder below `storage`.
+        storage: absolute URI of a folder for Ray Train's own files (every node must reach it).
+
+    Returns:
+        The metrics that rank 0 reported last.
+
+    Raises:
+        MimRayError: what a worker raised on purpose.
+        TrainingError: the group crashed more than `workers.max_failures` times.
+    """
+    for variable, value in _TRAIN_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    resources: dict[str, float] = {"CPU": workers.cpus_per_worker}
+    if workers.use_gpu:
+        resources["GPU"] = 1
+    trainer = TorchTrainer(
+        _on_worker(loop, worker_threads(workers)),
+        train_loop_config=dict(config),
+        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(local_path(storage) or storage),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            callbacks=[_StopOnUserError()],
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:  # Ray wraps whatever a worker raised
+        known = user_error(error)
+        if known is not None:
+            raise known from None
+        raise TrainingError(
+            f"{name}: the workers failed more than {workers.max_failures} times; the last error was: {error}"
+        ) from error
+    return dict(result.return_value)
+
+
+def report(metrics: Mapping[str, Any]) -> None:
+    """Tell the driver (rank 0's metrics count). A barrier: every rank must call it equally often."""
+    ray.train.report(dict(metrics))
+    _LAST_REPORT.clear()
+    _LAST_REPORT.update(metrics)
+
+
+def rank() -> int:
+    """This worker's place among all, 0 outside a process group."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """P, 1 outside a process group."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+class _StopOnUserError(UserCallback):
+    """An error raised on purpose would only come again: raised in the controller, it ends the run."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for error in worker_exceptions.values():
+            known = user_error(error)
+            if known is not None:
+                raise known
+
+
+_LAST_REPORT: dict[
+    str, Any
+] = {}  # of this worker process; Ray Train itself hands back metrics only beside a checkpoint
+
+
+def _on_worker(loop: Callable[[dict[str, Any]], None], num_threads: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def worker(config: dict[str, Any]) -> dict[str, Any]:
+        from mim_ray.training import run  # this function travels by value, the module does not
+
+        torch.set_num_threads(num_threads)
+        run._LAST_REPORT.clear()
+        loop(config)
+        return dict(run._LAST_REPORT)
+
+    return worker

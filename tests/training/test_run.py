@@ -1,0 +1,81 @@
+"""Ray Train as a thin shell: results, ranks, errors, restarts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mim_ray.config.scenario import Workers
+from mim_ray.errors import NonFiniteLossError, TrainingError
+from mim_ray.training.run import run_workers
+
+pytestmark = pytest.mark.ray
+TWO = Workers(num_workers=2, max_failures=1)
+
+
+def test_workers_form_one_process_group_and_rank_0_reports(ray_cluster: None, tmp_path: Path) -> None:
+    def loop(config: dict[str, Any]) -> None:
+        import torch
+
+        from mim_ray.training.run import rank, report, world_size
+
+        total = torch.tensor(float(rank() + 1))
+        torch.distributed.all_reduce(total)
+        for step in range(2):
+            report({"step": step})
+        report({"rank": rank(), "world": world_size(), "sum": total.item() * config["factor"], "curve": [1, 2]})
+
+    start = time.perf_counter()
+    metrics = run_workers(loop, {"factor": 2.0}, workers=TWO, name="sum", storage=str(tmp_path))
+    print(f"two workers took {time.perf_counter() - start:.1f} s")
+    assert metrics == {"rank": 0, "world": 2, "sum": 6.0, "curve": [1, 2]}
+
+
+def test_an_error_raised_on_purpose_ends_the_run_at_once_and_keeps_its_type(ray_cluster: None, tmp_path: Path) -> None:
+    def loop(config: dict[str, Any]) -> None:
+        from mim_ray.errors import NonFiniteLossError
+
+        with open(config["attempts"], "a") as file:
+            file.write("x")
+        raise NonFiniteLossError("the loss at step 3 is nan")
+
+    attempts = tmp_path / "attempts"
+    with pytest.raises(NonFiniteLossError, match="step 3"):
+        run_workers(
+            loop,
+            {"attempts": str(attempts)},
+            workers=Workers(num_workers=1, max_failures=3),
+            name="nan",
+            storage=str(tmp_path),
+        )
+    assert attempts.read_text() == "x"
+
+
+def test_a_killed_worker_starts_the_group_again(ray_cluster: None, tmp_path: Path) -> None:
+    def loop(config: dict[str, Any]) -> None:
+        import torch
+
+        from mim_ray.training.run import rank, report
+
+        mark = Path(config["mark"])
+        if rank() == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.distributed.barrier()
+        report({"done": True})
+
+    metrics = run_workers(loop, {"mark": str(tmp_path / "mark")}, workers=TWO, name="killed", storage=str(tmp_path))
+    assert metrics == {"done": True}
+
+
+def test_a_crash_that_comes_again_ends_in_one_sentence(ray_cluster: None, tmp_path: Path) -> None:
+    def loop(config: dict[str, Any]) -> None:
+        raise KeyError("broken")
+
+    with pytest.raises(TrainingError, match="failed more than 0 times"):
+        run_workers(loop, {}, workers=Workers(max_failures=0), name="crash", storage=str(tmp_path))
