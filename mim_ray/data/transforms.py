@@ -1,0 +1,162 @@
+"""Pure batch functions: decode pictures, clean titles, hash content, pad and mask behavior sequences. No Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Resize = Literal["shortest", "longest", "squash"]
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+class BadImage(Exception):
+    """A picture that cannot be used; `reason` is short and countable: image too large, image corrupt, image format."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def decode_image(
+    data: bytes, size: int, resize: Resize = "shortest", max_bytes: int = 8_000_000, max_pixels: int = 50_000_000
+) -> np.ndarray:
+    """An encoded picture as (3, size, size) uint8 RGB; transparent parts become white.
+
+    Args:
+        resize: "shortest" scales the shorter side to `size` and crops the middle, "longest" scales the longer side and
+            pads with white, "squash" ignores the proportions.
+
+    Raises:
+        BadImage: too many bytes (looked at before anything is parsed) or pixels (before decoding), no JPEG, PNG or WebP,
+            or damaged.
+    """
+    try:
+        image = _open(data, max_bytes, max_pixels)
+        if image.format == "JPEG":
+            image.draft("RGB", (size, size))  # decodes at 1/2, 1/4 or 1/8 where that is still large enough
+        image = _rgb(ImageOps.exif_transpose(image))
+    except _DECODE_ERRORS as error:
+        raise BadImage("image corrupt", str(error)) from None
+    if resize == "squash":
+        image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    elif resize == "shortest":
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    else:
+        image = ImageOps.pad(image, (size, size), Image.Resampling.BILINEAR, color=(255, 255, 255))
+    return np.ascontiguousarray(np.asarray(image, np.uint8).transpose(2, 0, 1))  # (3, size, size)
+
+
+def decode_images(
+    images: Sequence[bytes | None], size: int, resize: Resize, max_bytes: int = 8_000_000, max_pixels: int = 50_000_000
+) -> tuple[np.ndarray, np.ndarray]:
+    """A batch of pictures.
+
+    Returns:
+        pixels (B, 3, size, size) uint8, zero where there is none, and has_image (B,) bool, False for None and BadImage.
+    """
+    pixels = np.zeros((len(images), 3, size, size), np.uint8)
+    has_image = np.zeros(len(images), bool)
+    for row, data in enumerate(images):
+        if data is None:
+            continue
+        try:
+            pixels[row] = decode_image(data, size, resize, max_bytes, max_pixels)
+            has_image[row] = True
+        except BadImage:
+            continue  # has_image says so; whoever stores the picture has counted it as a reject
+    return pixels, has_image
+
+
+def check_image(data: bytes, max_bytes: int = 8_000_000, max_pixels: int = 50_000_000) -> None:
+    """Raise BadImage unless the picture can be decoded to the end."""
+    try:
+        image = _open(data, max_bytes, max_pixels)
+        if image.format == "JPEG":
+            image.draft("RGB", (64, 64))
+        image.load()
+    except _DECODE_ERRORS as error:
+        raise BadImage("image corrupt", str(error)) from None
+
+
+def clean_title(title: str | None, max_chars: int = 2_000) -> str | None:
+    """White space collapsed, cut to `max_chars`; None where nothing is left."""
+    return " ".join(title.split())[:max_chars].strip() or None if title else None
+
+
+def content_hash(title: str | None, image: bytes | None) -> str:
+    """32 hex digits of what an item shows. None and empty differ; equal content gives equal hashes everywhere."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (None if title is None else title.encode(), image):
+        digest.update(struct.pack("<q", -1 if part is None else len(part)))
+        digest.update(part or b"")
+    return digest.hexdigest()
+
+
+def pad_behaviors(behaviors: Sequence[np.ndarray], length: int, fill: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    """Behavior rows of B users as one padded matrix.
+
+    Args:
+        behaviors: B arrays of item rows, oldest first, of any lengths.
+        length: L; of longer arrays the newest L are kept.
+
+    Returns:
+        indices (B, L) int64, padded on the right with `fill`, and mask (B, L) bool, True for real items.
+    """
+    lengths = np.array([len(row) for row in behaviors], np.int64)
+    values = np.concatenate(behaviors).astype(np.int64) if len(behaviors) else np.zeros(0, np.int64)
+    return pad_ragged(values, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), length, fill)
+
+
+def pad_ragged(values: np.ndarray, offsets: np.ndarray, length: int, fill: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    """pad_behaviors for rows `values[offsets[b]:offsets[b + 1]]`, as an Arrow list column holds them."""
+    starts = np.maximum(offsets[:-1], offsets[1:] - length)
+    mask = np.arange(length) < (offsets[1:] - starts)[:, None]  # (B, L)
+    indices = np.full(mask.shape, fill, np.int64)
+    indices[mask] = values[(starts[:, None] + np.arange(length))[mask]]
+    return indices, mask
+
+
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")
+
+
+def _open(data: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
+    if len(data) > max_bytes:
+        raise BadImage("image too large", f"{len(data)} bytes, the limit is {max_bytes}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        if data.startswith(_MAGIC):
+            raise BadImage("image corrupt", "the header cannot be read") from None
+        raise BadImage("image format", "neither JPEG nor PNG nor WebP") from None
+    if image.width * image.height > max_pixels:
+        raise BadImage("image too large", f"{image.width} x {image.height} pixels, the limit is {max_pixels}")
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
