@@ -1,0 +1,153 @@
+"""Impressions -> batches of indices with their content joined late (paper Section 3.4; SPEC: content is joined late).
+
+An impression carries item ids. For each batch its distinct items are looked up once: table row, category and MM
+embedding, the last from a mapped snapshot. Targets and behaviors then point into the batch's items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from mim_ray.ciubm.model import EmbeddedBatch
+from mim_ray.ciubm.tables import IdTables
+from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
+from mim_ray.representation_center.snapshot import Snapshot
+
+COLUMNS = ("user_id", "item_id", "behaviors")
+"""Columns of impressions that a prediction needs; training needs `label` too."""
+
+
+@dataclass(frozen=True)
+class IndexedBatch:
+    """B impressions over U distinct items.
+
+    Attributes:
+        user: (B,) row of the user table, 0 unknown.
+        item_row, category: (U,) rows of the item and category tables, 0 unknown.
+        mm: (U, D) MM embeddings, zero without content; None for the base model.
+        target: (B,) place among the U items. behaviors: (B, L) places, pads are 0. behavior_mask: (B, L).
+        label: (B,) float32, None when there is none.
+    """
+
+    user: Tensor
+    item_row: Tensor
+    category: Tensor
+    mm: Tensor | None
+    target: Tensor
+    behaviors: Tensor
+    behavior_mask: Tensor
+    label: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+
+class Content:
+    """MM embeddings by position in the ItemIndex: the snapshot's row of every item, found once."""
+
+    def __init__(self, snapshot: Snapshot, items: ItemIndex) -> None:
+        self.snapshot = snapshot
+        self.rows = np.concatenate([[-1], snapshot.lookup(items.vocabulary.ids)])
+
+    @property
+    def width(self) -> int:
+        return self.snapshot.width
+
+    def gather(self, positions: np.ndarray) -> np.ndarray:
+        """(n, D) float32, zero where there is no embedding."""
+        return self.snapshot.gather(self.rows[positions])
+
+
+class ImpressionEncoder:
+    """Turns rows of the impressions table into an IndexedBatch. Without `content` no MM embeddings are joined."""
+
+    def __init__(self, items: ItemIndex, users: Vocabulary, content: Content | None, max_behaviors: int) -> None:
+        self.items, self.users, self.content, self.max_behaviors = items, users, content, max_behaviors
+
+    def encode(
+        self, table: pa.Table, *, id_dropout: float = 0.0, generator: np.random.Generator | None = None
+    ) -> IndexedBatch:
+        """
+        Args:
+            table: with COLUMNS, and `label` for training.
+            id_dropout: chance that a target, and likewise a user, counts as unknown, so that the unknown rows are
+                trained; category and content stay.
+        """
+        size = len(table)
+        targets = _array(table["item_id"]).cast(pa.large_string())
+        start, length, values = _lists(table["behaviors"], self.max_behaviors)
+        met = pa.concat_arrays([targets, values.cast(pa.large_string())]).dictionary_encode()
+        position = self.items.vocabulary.encode(met.dictionary.cast(pa.large_string()))  # (U,)
+        place = met.indices.fill_null(0).to_numpy().astype(np.int64)
+        longest = max(int(length.max(initial=0)), 1)
+        mask = np.arange(longest) < length[:, None]  # (B, L)
+        behaviors = np.zeros((size, longest), np.int64)
+        behaviors[mask] = place[size:][(start[:, None] + np.arange(longest))[mask]]
+        target, user = place[:size], self._users(table)
+        item_row = self.items.table_row[position]
+        if id_dropout > 0 and generator is not None:
+            dropped = np.flatnonzero(generator.random(size) < id_dropout)
+            position = np.concatenate([position, position[target[dropped]]])
+            item_row = np.concatenate([item_row, np.zeros(len(dropped), np.int64)])
+            target = target.copy()
+            target[dropped] = np.arange(len(position) - len(dropped), len(position))
+            user = np.where(generator.random(size) < id_dropout, 0, user)
+        label = table["label"].to_numpy().astype(np.float32) if "label" in table.column_names else None
+        return IndexedBatch(
+            user=torch.from_numpy(user),
+            item_row=torch.from_numpy(item_row),
+            category=torch.from_numpy(self.items.category[position]),
+            mm=None if self.content is None else torch.from_numpy(self.content.gather(position)),
+            target=torch.from_numpy(target),
+            behaviors=torch.from_numpy(behaviors),
+            behavior_mask=torch.from_numpy(mask),
+            label=None if label is None else torch.from_numpy(label),
+        )
+
+    def _users(self, table: pa.Table) -> np.ndarray:
+        met = _array(table["user_id"]).dictionary_encode()
+        return self.users.encode(met.dictionary.cast(pa.large_string()))[met.indices.fill_null(0).to_numpy()]
+
+
+def gather_batch(batch: IndexedBatch, tables: IdTables, *, train: bool = False) -> EmbeddedBatch:
+    """Look the batch's ID embeddings up and hand them out to targets and behaviors."""
+    parts = [tables["item"].embed(batch.item_row, train=train), tables["category"].embed(batch.category, train=train)]
+    items = torch.cat(parts, dim=-1)  # (U, d)
+    of_target, of_behaviors = batch.category[batch.target], batch.category[batch.behaviors]
+    return EmbeddedBatch(
+        target=embedding(batch.target, items),
+        behaviors=embedding(batch.behaviors, items),
+        behavior_mask=batch.behavior_mask,
+        same_category=(of_behaviors == of_target.unsqueeze(1)) & (of_target != 0).unsqueeze(1),
+        user=tables["user"].embed(batch.user, train=train) if "user" in tables else None,
+        target_mm=None if batch.mm is None else embedding(batch.target, batch.mm),
+        behavior_mm=None if batch.mm is None else embedding(batch.behaviors, batch.mm),
+    )
+
+
+def _lists(column: pa.ChunkedArray, newest: int) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+    """Start and length of each row's newest elements in the flat values, and those values."""
+    lists = _array(column)
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    length = np.diff(offsets)
+    if lists.null_count:
+        length = np.where(lists.is_valid().to_numpy(zero_copy_only=False), length, 0)
+    kept = np.minimum(length, newest)
+    first, last = int(offsets[0]), int(offsets[-1])
+    return offsets[:-1] + length - kept - first, kept, lists.values.slice(first, last - first)
+
+
+def _array(column: pa.ChunkedArray) -> pa.Array:
+    return (
+        column.chunk(0)
+        if column.num_chunks == 1
+        else pa.concat_arrays(column.chunks)
+        if column.num_chunks
+        else pa.array([], column.type)
+    )
