@@ -7,13 +7,17 @@ anything else, a killed worker above all, restarts the group up to `workers.max_
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mim_ray.artifacts import local_path
@@ -58,34 +62,28 @@ def run_workers(
     """
     for variable, value in _TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    resources: dict[str, float] = {"CPU": workers.cpus_per_worker}
-    if workers.use_gpu:
-        resources["GPU"] = 1
-    trainer = TorchTrainer(
-        _on_worker(loop, worker_threads(workers)),
-        train_loop_config=dict(config),
-        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
-        scaling_config=ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=str(local_path(storage) or storage),
-            failure_config=FailureConfig(max_failures=workers.max_failures),
-            callbacks=[_StopOnUserError()],
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    try:
-        result = trainer.fit()
-    except Exception as error:  # Ray wraps whatever a worker raised
-        known = user_error(error)
-        if known is not None:
-            raise known from None
-        raise TrainingError(
-            f"{name}: the workers failed more than {workers.max_failures} times; the last error was: {error}"
-        ) from error
-    return dict(result.return_value)
+    if _is_one_machine():
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+    threads = worker_threads(workers)
+    if workers.in_driver and workers.num_workers == 1 and not workers.use_gpu:
+        before = torch.get_num_threads()
+        try:
+            return _trainer(loop, config, workers, name, storage, threads, num_workers=0).fit().return_value
+        finally:
+            torch.set_num_threads(before)
+    for attempt in range(workers.max_failures + 1):
+        try:
+            trainer = _trainer(loop, config, workers, name, storage, threads, workers.num_workers)
+            return dict(trainer.fit().return_value)
+        except Exception as error:
+            known = user_error(error)
+            if known is not None:
+                raise known from None
+            if attempt == workers.max_failures or not _died_at_start(error):
+                raise TrainingError(
+                    f"{name}: the workers failed more than {workers.max_failures} times. The last error was: {error}"
+                ) from error
+    raise AssertionError("unreachable")
 
 
 def report(metrics: Mapping[str, Any]) -> None:
@@ -105,6 +103,44 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def _trainer(
+    loop: Callable[[dict[str, Any]], None],
+    config: Mapping[str, Any],
+    workers: Workers,
+    name: str,
+    storage: str,
+    threads: int,
+    num_workers: int,
+) -> TorchTrainer:
+    resources: dict[str, float] = {"CPU": workers.cpus_per_worker}
+    if workers.use_gpu:
+        resources["GPU"] = 1
+    return _Trainer(
+        _on_worker(loop, threads),
+        train_loop_config=dict(config),
+        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=workers.use_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(local_path(storage) or storage),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            callbacks=[_StopOnUserError()],
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+class _Trainer(TorchTrainer):
+    """Without the actor that frees the placement group of a lost driver: on one machine Ray ends with its driver, and
+    the actor complains once a second about the missing dashboard. Should this method of Ray go away, so does the change."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        if _is_one_machine():
+            callbacks = [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+        return callbacks
+
+
 class _StopOnUserError(UserCallback):
     """An error raised on purpose would only come again: raised in the controller, it ends the run."""
 
@@ -115,18 +151,34 @@ class _StopOnUserError(UserCallback):
                 raise known
 
 
-_LAST_REPORT: dict[
-    str, Any
-] = {}  # of this worker process; Ray Train itself hands back metrics only beside a checkpoint
+_LAST_REPORT: dict[str, Any] = {}  # of this worker process; Ray Train hands back metrics only beside its checkpoints
 
 
 def _on_worker(loop: Callable[[dict[str, Any]], None], num_threads: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def worker(config: dict[str, Any]) -> dict[str, Any]:
-        from mim_ray.training import run  # this function travels by value, the module does not
+        from mim_ray.training import run  # this function travels by value; the module's state must not
 
         torch.set_num_threads(num_threads)
+        run._quiet()
         run._LAST_REPORT.clear()
         loop(config)
         return dict(run._LAST_REPORT)
 
     return worker
+
+
+def _quiet() -> None:
+    """Ray Train prints every report in full, from a logger named after its file."""
+    folder = str(Path(ray.train.__file__).parent)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(folder):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _died_at_start(error: BaseException) -> bool:
+    """A worker lost while its group was starting, which Ray Train counts as its controller's failure: no restart."""
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError)
+
+
+def _is_one_machine() -> bool:
+    return sum(bool(node["Alive"]) for node in ray.nodes()) == 1

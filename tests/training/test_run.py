@@ -79,3 +79,23 @@ def test_a_crash_that_comes_again_ends_in_one_sentence(ray_cluster: None, tmp_pa
 
     with pytest.raises(TrainingError, match="failed more than 0 times"):
         run_workers(loop, {}, workers=Workers(max_failures=0), name="crash", storage=str(tmp_path))
+
+
+def test_one_worker_can_run_inside_the_driver(ray_cluster: None, tmp_path: Path) -> None:
+    pids = []
+
+    def loop(config: dict[str, Any]) -> None:
+        from mim_ray.training.run import rank, report, world_size
+
+        pids.append(os.getpid())
+        report({"rank": rank(), "world": world_size()})
+
+    metrics = run_workers(loop, {}, workers=Workers(in_driver=True), name="inside", storage=str(tmp_path))
+    assert metrics == {"rank": 0, "world": 1}
+    assert pids == [os.getpid()]
+
+    def failing(config: dict[str, Any]) -> None:
+        raise NonFiniteLossError("nan")
+
+    with pytest.raises(NonFiniteLossError):
+        run_workers(failing, {}, workers=Workers(in_driver=True), name="inside", storage=str(tmp_path))
