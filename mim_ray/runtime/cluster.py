@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 
 import ray
 from ray.data import DataContext
 from ray.exceptions import RayTaskError
 
+from mim_ray import errors
 from mim_ray.config.scenario import Run, Workers
 from mim_ray.errors import MimRayError
 
@@ -52,19 +54,26 @@ def worker_threads(workers: Workers) -> int:
 
 
 def user_error(error: BaseException) -> MimRayError | None:
-    """The mim_ray error at the root of `error`, which Ray may have wrapped several times; None if there is none."""
-    seen: set[int] = set()
+    """The mim_ray error at the root of `error`, which Ray may have wrapped several times; None if there is none.
+
+    Ray keeps only the outermost cause when an error travels, and of an actor's constructor only the text of the
+    traceback; the sentence is then taken from there.
+    """
+    seen: list[BaseException] = []
     queue: list[BaseException | None] = [error]
     while queue:
         current = queue.pop(0)
-        if current is None or id(current) in seen:
+        if current is None or any(current is other for other in seen):
             continue
-        seen.add(id(current))
+        seen.append(current)
         if isinstance(current, MimRayError) and not isinstance(current, RayTaskError):
             return current
         queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
         queue += list(getattr(current, "worker_failures", {}).values())
-        queue += [getattr(current, name, None) for name in ("controller_failure", "_controller_failure")]
+    for current in seen:
+        found = re.findall(r"^mim_ray\.errors\.(\w+): (.+)$", str(current), flags=re.MULTILINE)
+        if found and isinstance(kind := getattr(errors, found[-1][0], None), type):
+            return kind(found[-1][1])
     return None
 
 
