@@ -79,7 +79,7 @@ class Synthetic(Section):
     logit_std: PositiveFloat = 2.0
     """Standard deviation of the click logit."""
     base_ctr: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    """Click probability at a mean logit."""
+    """Mean click probability over random users and items."""
     initial_items_ratio: Ratio = 0.4
     """Part of the catalogue that exists before the first event; the rest arrives evenly over the weeks."""
     num_image_searches: Count = 9_000
