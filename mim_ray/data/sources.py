@@ -1,0 +1,214 @@
+"""Each table from Parquet or Delta, validated where it enters.
+
+A table NAME below a root is the first of: NAME.parquet (a file or a folder of files), NAME (a Delta table, or a folder of
+Parquet files). Harmless differences are cast: ids written as integers, times without zone or in other units, any strings
+or binaries. What cannot be used as a whole is a DataError that names the file, the column, the type and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import deltalake
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.fs as pafs
+import ray.data
+
+from mim_ray import artifacts
+from mim_ray.data.schema import TABLES, TIME, TableSchema
+from mim_ray.errors import DataError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A fixed slice of a table: some row groups of one file. Equal files give equal shards.
+
+    Attributes:
+        first_row: number of its first row in the table. Reading gives exactly the `columns` asked for, cast.
+    """
+
+    table: TableSchema
+    source: str
+    schema: pa.Schema
+    fragment: ds.Fragment
+    first_row: int
+    num_rows: int
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows, with the table's types; optional columns that are missing are null."""
+        names = list(columns) if columns is not None else self.table.schema.names
+        present = [name for name in names if name in self.schema.names]
+        try:
+            rows = self.fragment.to_table(self.schema, columns=present)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
+            raise DataError(
+                f"{self.source} cannot be read like the table's other files ({error}). Write it again with their types."
+            ) from None
+        return _cast(rows, names, self.table, self.source)
+
+
+def find_table(root: str, name: str) -> str | None:
+    """URI of the table `name` below `root`, None when there is none."""
+    for uri in (f"{root}/{name}.parquet", f"{root}/{name}"):
+        filesystem, path = artifacts.filesystem(uri)
+        if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
+            return uri
+    return None
+
+
+def require_table(root: str, name: str) -> str:
+    """find_table, or a DataError that says what was looked for."""
+    uri = find_table(root, name)
+    if uri is None:
+        needed = ", ".join(TABLES[name].required)
+        raise DataError(
+            f"{root} has no table {name}: neither {name}.parquet nor a folder {name}. "
+            f"Put it there with at least the columns {needed}, or set data.root to another folder."
+        )
+    return uri
+
+
+def read_table(root: str, name: str, columns: Sequence[str] | None = None) -> ray.data.Dataset:
+    """The table `name` below `root` as a Ray Dataset with the types of data.schema.
+
+    Raises:
+        DataError: as validate_schema.
+    """
+    table, uri = TABLES[name], require_table(root, name)
+    dataset = open_dataset(uri, name)
+    names = list(columns) if columns is not None else table.schema.names
+    present = [column for column in names if column in dataset.schema.names]
+    if _is_delta(uri):
+        rows = ray.data.read_delta(uri, columns=present)
+    else:
+        filesystem, _ = artifacts.filesystem(uri)
+        rows = ray.data.read_parquet(list(dataset.files), filesystem=filesystem, columns=present)
+    cast: Callable[[pa.Table], pa.Table] = lambda batch: _cast(batch, names, table, uri)  # noqa: E731
+    return rows.map_batches(cast, batch_format="pyarrow")
+
+
+def open_dataset(uri: str, name: str) -> ds.Dataset:
+    """The files behind a table, validated.
+
+    Raises:
+        DataError: as validate_schema; also for files that are no Parquet.
+    """
+    try:
+        if _is_delta(uri):
+            dataset = deltalake.DeltaTable(uri).to_pyarrow_dataset()
+        else:
+            filesystem, path = artifacts.filesystem(uri)
+            dataset = ds.dataset(path, filesystem=filesystem, format="parquet", partitioning="hive")
+        validate_schema(dataset.schema, TABLES[name], uri)
+        if not dataset.count_rows():
+            raise DataError(f"{uri} is empty: it has no rows. Fill it, or set data.root to another folder.")
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{uri} cannot be read as Parquet ({error}). Write it again as Parquet or Delta.") from None
+    return dataset
+
+
+def shards(uri: str, name: str, rows: int = 100_000, max_bytes: int = 256 * 2**20) -> list[Shard]:
+    """The table in fixed slices of whole row groups, about `rows` rows and at most about `max_bytes` decoded bytes each.
+
+    Raises:
+        DataError: as open_dataset.
+    """
+    table, dataset = TABLES[name], open_dataset(uri, name)
+    found: list[Shard] = []
+    first_row = 0
+    for fragment in dataset.get_fragments():
+        group: list[int] = []
+        num_rows = size = 0
+        for info in [*fragment.row_groups, None]:
+            full = info is not None and (num_rows + info.num_rows > rows or size + info.total_byte_size > max_bytes)
+            if num_rows and (info is None or full):
+                piece = fragment.subset(row_group_ids=group)
+                found.append(Shard(table, fragment.path, dataset.schema, piece, first_row, num_rows))
+                first_row, group, num_rows, size = first_row + num_rows, [], 0, 0
+            if info is not None:
+                group.append(info.id)
+                num_rows, size = num_rows + info.num_rows, size + info.total_byte_size
+    return found
+
+
+def validate_schema(schema: pa.Schema, table: TableSchema, source: str) -> None:
+    """Check that every required column is there and every known column can be cast; all problems in one message.
+
+    Raises:
+        DataError: names the file, the columns, the types met and wanted, and what to do.
+    """
+    problems = []
+    for name in table.required:
+        if name not in schema.names:
+            problems.append(
+                f"{source} has no column {name!r} (it has {', '.join(schema.names) or 'none'}). "
+                f"Add it as {table.schema.field(name).type}, or rename the column that holds it."
+            )
+    for name in set(table.schema.names) & set(schema.names):
+        wanted, met = table.schema.field(name).type, schema.field(name).type
+        if not _castable(met, wanted):
+            problems.append(f"{source}: column {name!r} is {met}, but must be {wanted}. Convert it and write it again.")
+    if problems:
+        raise DataError("\n".join(sorted(problems)))
+
+
+def _castable(met: pa.DataType, wanted: pa.DataType) -> bool:
+    if pa.types.is_dictionary(met):
+        met = met.value_type
+    if met == wanted or pa.types.is_null(met):
+        return True
+    text = pa.types.is_string(met) or pa.types.is_large_string(met) or pa.types.is_string_view(met)
+    binary = pa.types.is_binary(met) or pa.types.is_large_binary(met) or pa.types.is_binary_view(met)
+    number = pa.types.is_integer(met) or pa.types.is_floating(met)
+    if pa.types.is_string(wanted):
+        return text or pa.types.is_integer(met)
+    if pa.types.is_binary(wanted):
+        return binary
+    if pa.types.is_timestamp(wanted):
+        return pa.types.is_timestamp(met) or pa.types.is_date(met)
+    if pa.types.is_list(wanted):
+        is_list = pa.types.is_list(met) or pa.types.is_large_list(met) or pa.types.is_fixed_size_list(met)
+        return is_list and _castable(met.value_type, wanted.value_type)
+    if pa.types.is_boolean(wanted):
+        return pa.types.is_integer(met)
+    return number or pa.types.is_boolean(met) or pa.types.is_decimal(met)
+
+
+def _cast(rows: pa.Table, names: list[str], table: TableSchema, source: str) -> pa.Table:
+    columns = []
+    for name in names:
+        wanted = table.schema.field(name).type
+        if name not in rows.column_names:
+            columns.append(pa.chunked_array([pa.nulls(rows.num_rows, wanted)]))
+            continue
+        column = rows.column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        try:
+            if pa.types.is_timestamp(wanted) and column.type != wanted:
+                column = column.cast(pa.timestamp("us", getattr(column.type, "tz", None)), safe=False)
+                column = column.cast(TIME) if column.type.tz else pc.assume_timezone(column, "UTC")
+            elif pa.types.is_integer(wanted) and not pa.types.is_integer(column.type):
+                column = column.cast(wanted, safe=False) if pa.types.is_boolean(column.type) else _whole(column, wanted)
+            columns.append(column.cast(wanted))
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"{source}: column {name!r} ({column.type}) has values that do not fit {wanted} ({error}). "
+                "Correct them and write the file again."
+            ) from None
+    return pa.table(columns, schema=pa.schema([table.schema.field(name) for name in names]))
+
+
+def _whole(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
+    """Numbers as integers; what is no whole number becomes null, for the caller to reject."""
+    values = column.cast(pa.float64())
+    whole = pc.and_(pc.equal(values, pc.round(values)), pc.less_equal(pc.abs(values), float(np.iinfo(np.int8).max)))
+    return pc.if_else(whole, values, pa.scalar(None, pa.float64())).cast(wanted)
+
+
+def _is_delta(uri: str) -> bool:
+    return artifacts.exists(f"{uri}/_delta_log")
