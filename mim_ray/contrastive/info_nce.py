@@ -1,0 +1,227 @@
+"""The contrastive loss of Eq. 5, exact, in memory that does not grow with the number of negatives.
+
+Dense logits would take (queries × candidates) numbers, 3.7 GB at the paper's size. Here the candidates pass by in tiles:
+one forward pass keeps, per query, the log-sum-exp and the softmax-weighted mean candidate
+
+    lse_i = log Σ_j exp(s·q_i·c_j)        mean_i = Σ_j p_ij c_j        p_ij = exp(s·q_i·c_j − lse_i)
+
+(attention with keys = values = candidates), which is all that the gradients of queries and scale need:
+∂lse_i/∂q_i = s·mean_i and ∂lse_i/∂s = q_i·mean_i. Fresh candidates need gradients of their own,
+∂(Σ_i g_i lse_i)/∂c_j = s·Σ_i g_i p_ij q_i, a second pass over the fresh ones only. Past candidates get none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import normalize
+
+from mim_ray.contrastive.gather import gather_with_grad, place
+
+MAX_LOGIT_SCALE = 100.0
+_TILE_NUMBERS = 2**20  # of one tile of logits: 4 MB
+_SAFE_SCALE = 60.0  # up to here exp(±scale) and sums of a million of them fit float32 without subtracting a maximum
+
+
+def info_nce(
+    queries: Tensor,
+    candidates: Tensor,
+    positive_index: Tensor,
+    *,
+    logit_scale: Tensor,
+    past: Tensor | None = None,
+    mask: Tensor | None = None,
+    valid: Tensor | None = None,
+    tile: int | None = None,
+) -> Tensor:
+    """Mean over the queries of Eq. 5: how hard each query's positive is to tell from all other candidates.
+
+    Args:
+        queries: (B, D), of any length; cosine is computed inside.
+        candidates: (M, D), the fresh ones, with gradients.
+        positive_index: (B,) int64, the row of `candidates` that answers each query.
+        logit_scale: scalar, 1 / temperature, with its gradient if it is learned.
+        past: (K', D) further negatives without gradients, any float type, of length 1 each (they are not normalised).
+        mask: what is no negative: bool (B, M + K'), True where a candidate must not count for a query; or int64 (2, n),
+            the same as pairs (query, candidate). Columns are `candidates` then `past`. A positive always counts.
+        valid: (M + K',) bool, False for candidates that take no part at all.
+        tile: candidates handled at once; chosen from B by default.
+
+    Returns:
+        Scalar. Departs from the paper: temperature and mask.
+    """
+    return info_nce_rows(
+        queries,
+        candidates,
+        positive_index,
+        logit_scale=logit_scale,
+        past=past,
+        mask=mask,
+        valid=valid,
+        tile=tile,
+    ).mean()
+
+
+def info_nce_rows(
+    queries: Tensor,
+    candidates: Tensor,
+    positive_index: Tensor,
+    *,
+    logit_scale: Tensor,
+    past: Tensor | None = None,
+    mask: Tensor | None = None,
+    valid: Tensor | None = None,
+    tile: int | None = None,
+) -> Tensor:
+    """`info_nce` before the mean: (B,) losses."""
+    queries = normalize(queries.float(), dim=-1)
+    candidates = normalize(candidates.float(), dim=-1)
+    scale = logit_scale.float()
+    if past is None:
+        past = candidates.new_empty((0, candidates.shape[1]))
+    hidden = _Hidden.of(mask, valid, positive_index, len(candidates), len(past))
+    tile = tile or max(256, _TILE_NUMBERS // max(1, len(queries)))
+    lse: Tensor = _LogSumExp.apply(queries, candidates, scale, past, hidden, tile)  # type: ignore[no-untyped-call]
+    positive = scale * (queries * candidates[positive_index]).sum(-1)
+    return lse - positive
+
+
+def symmetric_info_nce(
+    image: Tensor, text: Tensor, logit_scale: Tensor, *, mask: Tensor | None = None, tile: int | None = None
+) -> Tensor:
+    """CLIP's loss over all workers (DMA): each image against all titles and each title against all images, in the mean.
+
+    Args:
+        image, text: (B, D) of this worker; row i of one belongs to row i of the other. Every worker brings the same B.
+        mask: as in `info_nce` over the P·B gathered rows, used in both directions (row i stands for image i and title i).
+    """
+    rank, _ = place()
+    positive = torch.arange(len(image), device=image.device) + rank * len(image)
+    gathered = gather_with_grad(torch.stack([normalize(image.float(), dim=-1), normalize(text.float(), dim=-1)], dim=1))
+    to_text = info_nce(image, gathered[:, 1], positive, logit_scale=logit_scale, mask=mask, tile=tile)
+    to_image = info_nce(text, gathered[:, 0], positive, logit_scale=logit_scale, mask=mask, tile=tile)
+    return (to_text + to_image) / 2
+
+
+def same_key_pairs(query_keys: Tensor, candidate_keys: Tensor) -> Tensor:
+    """(2, n) int64 pairs (query, candidate) of equal keys, made by sorting: no (B, K) table.
+
+    Args:
+        query_keys: (B,) int64. candidate_keys: (K,) int64.
+    """
+    order = torch.argsort(query_keys)
+    ordered = query_keys[order]
+    low = torch.searchsorted(ordered, candidate_keys)
+    counts = torch.searchsorted(ordered, candidate_keys, right=True) - low
+    columns = torch.repeat_interleave(torch.arange(len(candidate_keys), device=query_keys.device), counts)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    place_in_run = torch.arange(len(columns), device=query_keys.device) - first
+    return torch.stack([order[low.repeat_interleave(counts) + place_in_run], columns])
+
+
+class _Hidden:
+    """Entries of the logits that do not count, found per tile: pairs sorted by column, and columns as a whole."""
+
+    def __init__(self, rows: Tensor, columns: Tensor, dead: Tensor) -> None:
+        self.rows, self.columns, self.dead = rows, columns, dead
+
+    @classmethod
+    def of(
+        cls, mask: Tensor | None, valid: Tensor | None, positive: Tensor, num_fresh: int, num_past: int
+    ) -> _Hidden | None:
+        if mask is None and valid is None:
+            return None
+        none = positive.new_empty(0)
+        rows = columns = dead = none
+        if mask is not None:
+            rows, columns = mask.nonzero().unbind(1) if mask.dtype == torch.bool else mask.unbind(0)
+            keep = columns != positive[rows]
+            rows, columns = rows[keep], columns[keep]
+            order = torch.argsort(columns)
+            rows, columns = rows[order], columns[order]
+        if valid is not None:
+            assert valid.shape == (num_fresh + num_past,)
+            dead = (~valid).nonzero().squeeze(1)
+        return cls(rows, columns, dead)
+
+    def clear(self, logits: Tensor, start: int, stop: int) -> None:
+        """Set the hidden entries of columns start … stop − 1 to −inf."""
+        low, high = _range(self.columns, start, stop)
+        if high > low:
+            logits[self.rows[low:high], self.columns[low:high] - start] = -torch.inf
+        low, high = _range(self.dead, start, stop)
+        if high > low:
+            logits[:, self.dead[low:high] - start] = -torch.inf
+
+
+class _LogSumExp(torch.autograd.Function):
+    """(B,) log Σ_j exp(scale · q·c_j) over fresh and past candidates."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, fresh: Tensor, scale: Tensor, past: Tensor, hidden: _Hidden | None, tile: int
+    ) -> Tensor:
+        scaled = queries * scale
+        bounded = float(scale) <= _SAFE_SCALE
+        num_rows, width = queries.shape
+        top = queries.new_zeros((num_rows, 1)) if bounded else queries.new_full((num_rows, 1), -torch.inf)
+        total = queries.new_zeros(num_rows)
+        mean = queries.new_zeros((num_rows, width))
+        buffer = queries.new_empty(num_rows * min(tile, max(len(fresh), len(past))))
+        for start, block in _tiles(fresh, past, tile):
+            block = block.to(queries.dtype)  # (t, D)
+            logits = buffer[: num_rows * len(block)].view(num_rows, len(block))
+            torch.mm(scaled, block.T, out=logits)
+            if hidden is not None:
+                hidden.clear(logits, start, start + len(block))
+            if not bounded:
+                higher = torch.maximum(top, logits.amax(1, keepdim=True)).clamp_min(-1e30)
+                shrink = torch.exp(top - higher)
+                total.mul_(shrink.squeeze(1))
+                mean.mul_(shrink)
+                logits.sub_(higher)
+                top = higher
+            logits.exp_()
+            total.add_(logits.sum(1))
+            mean.addmm_(logits, block)
+        mean.div_(total.unsqueeze(1))
+        lse = total.log_().add_(top.squeeze(1))
+        ctx.save_for_backward(queries, fresh, scale, mean, lse)
+        ctx.hidden, ctx.tile, ctx.bounded = hidden, tile, bounded
+        return lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        queries, fresh, scale, mean, lse = ctx.saved_tensors
+        grad_queries = mean * (grad * scale).unsqueeze(1) if ctx.needs_input_grad[0] else None
+        grad_scale = (grad * (queries * mean).sum(1)).sum() if ctx.needs_input_grad[2] else None
+        grad_fresh = None
+        if ctx.needs_input_grad[1]:
+            grad_fresh = torch.empty_like(fresh)
+            scaled = queries * scale
+            # p_ij·g_i·s·q_i; while exp(logits) is in range, exp(−lse_i) joins the narrow side of the product
+            factor = grad * scale * torch.exp(-lse) if ctx.bounded else grad * scale
+            weighted = queries * factor.unsqueeze(1)  # (B, D)
+            for start, block in _tiles(fresh, fresh[:0], ctx.tile):
+                logits = torch.mm(scaled, block.T)  # (B, t)
+                if ctx.hidden is not None:
+                    ctx.hidden.clear(logits, start, start + len(block))
+                if not ctx.bounded:
+                    logits.sub_(lse.unsqueeze(1))
+                torch.mm(logits.exp_().T, weighted, out=grad_fresh[start : start + len(block)])
+        return grad_queries, grad_fresh, grad_scale, None, None, None
+
+
+def _tiles(fresh: Tensor, past: Tensor, tile: int) -> list[tuple[int, Tensor]]:
+    """(first column, rows) of each tile; no tile has both fresh and past rows."""
+    tiles = [(start, fresh[start : start + tile]) for start in range(0, len(fresh), tile)]
+    return tiles + [(len(fresh) + start, past[start : start + tile]) for start in range(0, len(past), tile)]
+
+
+def _range(ordered: Tensor, start: int, stop: int) -> tuple[int, int]:
+    bounds = torch.searchsorted(ordered, torch.tensor([start, stop], device=ordered.device))
+    return int(bounds[0]), int(bounds[1])
