@@ -106,7 +106,7 @@ class _Guard:
 
         try:
             await self._app({**scope, "root_path": ""}, replay, send)
-        except Exception:  # noqa: BLE001  starlette raises again what _our_fault has answered: log it here, once
+        except Exception:  # starlette raises again what _our_fault has answered: log it here, once
             logger.exception("a request failed")
 
     async def _refuse(self, send: Send, num_bytes: int) -> None:

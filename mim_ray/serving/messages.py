@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-from datetime import datetime
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -91,7 +90,6 @@ class RankResponse(Message):
                     "num_behaviors": 12,
                     "model_version": "sim-mim-3f1c9a0b7d2e",
                     "encoder_version": "csft-0a1b2c3d4e5f",
-                    "degraded": False,
                 }
             ]
         }
@@ -104,8 +102,6 @@ class RankResponse(Message):
     model_version: str
     encoder_version: str | None
     """Version of the MM embeddings behind the scores; null for a model without content."""
-    degraded: bool = False
-    """The model uses content, but none could be looked up: scored by ids alone."""
 
 
 class NewItem(Message):
@@ -160,11 +156,10 @@ class EncodedItem(Message):
     item_id: str
     encoder_version: str
     content_hash: str
-    content_at: datetime
     changed: bool
-    """False: the same content was already there, and nothing was done."""
+    """False: the same or newer content was already there, and nothing was done."""
     rankable: bool
-    """The embedding is durable and visible to rankers."""
+    """The item's embedding is durable; rankers see it within a fraction of a second."""
 
 
 class NewItemsResponse(Message):

@@ -1,0 +1,50 @@
+"""Both apps on the Ray that is running, reachable from this machine only: what the demo and the tests use."""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from mim_ray.config import Scenario
+from mim_ray.serving.new_item_encoder import bind_new_item_encoder
+from mim_ray.serving.ranker import bind_ranking
+
+REQUEST_TIMEOUT_S = 30.0
+
+
+def start(scenario: Scenario) -> str:
+    """Start Serve with the ranking app and the new-item encoder, wait until both are ready.
+
+    Returns:
+        base URL, such as http://127.0.0.1:8000.
+
+    Raises:
+        MimRayError: the run is not finished, versions do not match, or strangers could call.
+    """
+    targets = [
+        serve.RunTarget(bind_ranking(scenario), name="ranking", route_prefix="/"),
+        serve.RunTarget(bind_new_item_encoder(scenario), name="new_item_encoder", route_prefix="/v1/items"),
+    ]
+    host, port = scenario.serving.host, scenario.serving.port or _free_port(scenario.serving.host)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": host, "port": port, "request_timeout_s": REQUEST_TIMEOUT_S},
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+    )
+    serve.run_many(targets)
+    return f"http://{host}:{port}"
+
+
+def stop() -> None:
+    """Stop Serve and its apps; Ray goes on."""
+    serve.shutdown()
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,259 @@
+"""POST /v1/items, RIM (paper Section 3.5): new items are encoded as they come, made durable, and rankable at once.
+
+An item is acknowledged when its window segment is safely stored; rankers follow the window, and a folder process brings it
+into the Delta table every `serving.window_s`. `NewItemEncoder` is plain Python, `new_item_api` puts HTTP around it,
+`bind_new_item_encoder` makes it a Ray Serve application.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from mim_ray import artifacts
+from mim_ray.config import Scenario
+from mim_ray.config.scenario import Data, Serving
+from mim_ray.data.transforms import BadImage, clean_title, content_hash, decode_image
+from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
+from mim_ray.errors import ArtifactError, RequestError
+from mim_ray.representation_center.release import check_versions
+from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.representation_center.table import EmbeddingTable
+from mim_ray.representation_center.updates import append_segment, fold, segment_rows
+from mim_ray.serving.known_content import KnownContent
+from mim_ray.serving.limits import check_exposure, guarded
+from mim_ray.serving.messages import EncodedItem, Health, NewItem, NewItemsRequest, NewItemsResponse, Problem, Ready
+from mim_ray.serving.served import Served
+
+logger = logging.getLogger("ray.serve")
+MAX_CLOCK_SKEW = timedelta(minutes=5)
+MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
+
+
+@dataclass(frozen=True)
+class _Content:
+    """One item, checked and decoded."""
+
+    item_id: str
+    title: str | None
+    pixels: np.ndarray | None  # (3, S, S) uint8
+    category: str | None  # the first of several
+    content_hash: str
+    content_at: datetime
+
+    def replaces(self, known_at: int, known_hash: str | None) -> bool:
+        """Whether this is other content than the known, and not older (microseconds)."""
+        return self.content_hash != known_hash and _microseconds(self.content_at) >= known_at
+
+
+class NewItemEncoder:
+    """Encodes items and stores them in the window.
+
+    Args:
+        encoder: makes the embeddings; its version must be that of the embeddings being served.
+        center: URI with the table and the window.
+        limits: what pictures and titles are taken.
+    """
+
+    def __init__(self, encoder: ItemEncoder, center: str, limits: Data) -> None:
+        if encoder.encoder_version is None:
+            raise ArtifactError("The encoder has no version: save it, and load it from there.")
+        self.encoder_version = encoder.encoder_version
+        self._encoder = encoder
+        self._window = f"{center}/window"
+        self._limits = limits
+        self._known = KnownContent(EmbeddingTable(f"{center}/table"), self._window, self.encoder_version)
+        self._lock = threading.Lock()  # one request at a time looks up, encodes and stores
+
+    def encode(self, request: NewItemsRequest) -> NewItemsResponse:
+        """Encode and store what is new among the items; all of them or, where one is bad, none.
+
+        Raises:
+            RequestError: a picture that cannot be used, an item without content, an id twice, a time in the future.
+        """
+        now = datetime.now(UTC)
+        contents = [self._check(item, place, now) for place, item in enumerate(request.items)]
+        ids = [content.item_id for content in contents]
+        if len(set(ids)) < len(ids):
+            raise RequestError("An item_id occurs twice in this request. Send each item once.", 422)
+        with self._lock:
+            self._known.refresh()
+            known = self._known.current(ids)
+            new = [content for content, old in zip(contents, known, strict=True) if content.replaces(*old)]
+            if new:
+                self._store(new)
+        changed = {content.item_id for content in new}
+        return NewItemsResponse(
+            items=[
+                EncodedItem(
+                    item_id=content.item_id,
+                    encoder_version=self.encoder_version,
+                    content_hash=content.content_hash,
+                    changed=content.item_id in changed,
+                    rankable=True,
+                )
+                for content in contents
+            ]
+        )
+
+    def _check(self, item: NewItem, place: int, now: datetime) -> _Content:
+        title = clean_title(item.title, self._limits.max_title_chars)
+        if title is None and not item.image:
+            raise RequestError(f"items[{place}] has neither an image nor a title. Send at least one of them.", 422)
+        content_at = now if item.content_at is None else item.content_at
+        if content_at > now + MAX_CLOCK_SKEW:
+            text = "lies in the future, so that later content could never replace it. Send the time of the change."
+            raise RequestError(f"items[{place}].content_at {text}", 422)
+        pixels = None
+        if item.image:
+            pixels = self._decode(item.image, place)
+        category = (item.category or "").partition("|")[0].strip() or None
+        return _Content(item.item_id, title, pixels, category, content_hash(title, item.image or None), content_at)
+
+    def _decode(self, image: bytes, place: int) -> np.ndarray:
+        limits, settings = self._limits, self._encoder.settings.vision
+        try:
+            return decode_image(
+                image, settings.image_size, settings.resize, limits.max_image_bytes, limits.max_image_pixels
+            )
+        except BadImage as error:
+            raise RequestError(
+                f"items[{place}].image: {error.reason} ({error.detail[:200]}). Send a JPEG, PNG or WebP file of at most "
+                f"{limits.max_image_bytes:,} bytes and {limits.max_image_pixels:,} pixels.",
+                422,
+            ) from None
+
+    def _store(self, contents: Sequence[_Content]) -> None:
+        """One segment: durable when this returns."""
+        size = self._encoder.image_size
+        images = np.zeros((len(contents), 3, size, size), np.uint8)
+        has_image = np.array([content.pixels is not None for content in contents])
+        for row, content in enumerate(contents):
+            if content.pixels is not None:
+                images[row] = content.pixels
+        vectors = encode_batch(self._encoder, [content.title for content in contents], images, has_image)  # (n, D)
+        if not np.isfinite(vectors).all():
+            raise FloatingPointError(f"{self.encoder_version} gave an embedding that is no number")
+        rows = segment_rows(
+            [content.item_id for content in contents],
+            vectors,
+            content_hashes=[content.content_hash for content in contents],
+            content_at=[content.content_at for content in contents],
+            categories=[content.category for content in contents],
+        )
+        append_segment(self._window, rows, encoder_version=self.encoder_version)
+        self._known.add(rows)
+
+
+def new_item_api(encoder: NewItemEncoder, serving: Serving) -> ASGIApp:
+    """The HTTP face of an encoder, with its limits. All paths begin with /v1/items, so that another app may have the rest."""
+    app = FastAPI(
+        title="mim_ray new items",
+        summary="New items become rankable.",
+        docs_url="/v1/items/docs",
+        redoc_url=None,
+        openapi_url="/v1/items/openapi.json",
+    )
+    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 413, 422, 503)}
+
+    @app.post("/v1/items", responses=problems)
+    def items(request: NewItemsRequest) -> NewItemsResponse:
+        """Encode one item, or a batch under `items`. Answers when they are durable; the same content again is a no-op."""
+        return encoder.encode(request)
+
+    @app.get("/v1/items/healthz")
+    async def healthz() -> Health:
+        """The process answers."""
+        return Health()
+
+    @app.get("/v1/items/readyz")
+    def readyz() -> Ready:
+        """The encoder is loaded, and which."""
+        return Ready(status="ready", encoder_version=encoder.encoder_version)
+
+    return guarded(app, serving.max_body_bytes)
+
+
+class WindowFolder:
+    """Folds the window into the Delta table every `window_s`; one process, no requests."""
+
+    def __init__(self, center: str, window_s: float) -> None:
+        self._center, self._window_s = center, window_s
+        self._stopped = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def __del__(self) -> None:
+        self._stopped.set()
+
+    def _run(self) -> None:
+        table = EmbeddingTable(f"{self._center}/table")
+        while not self._stopped.wait(self._window_s):
+            try:
+                fold(f"{self._center}/window", table)
+            except Exception:  # storage may fail for a while: nothing is lost, the next round folds it
+                logger.exception("the window could not be folded; it is tried again in %.0f s", self._window_s)
+
+
+class NewItemReplica:
+    """One process that serves `new_item_api`."""
+
+    def __init__(self, served: Served, limits: Data, serving: Serving, folder: DeploymentHandle) -> None:
+        torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
+        encoder = ItemEncoder.load(served.encoder)
+        _check_encoder(served, encoder.encoder_version)
+        if serving.gpus_per_replica > 0:
+            encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._encoder = NewItemEncoder(encoder, served.center, limits)
+        self._serving = serving
+        self._folder = folder  # bound, so that it is deployed with this app
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return new_item_api(self._encoder, self._serving)
+
+
+def bind_new_item_encoder(scenario: Scenario) -> Application:
+    """The Serve application of a scenario's run; refuses early what a replica would refuse late.
+
+    Raises:
+        MimRayError: the run is not finished, versions do not match, or strangers could call.
+    """
+    serving = scenario.serving
+    check_exposure(serving)
+    served = Served.of(scenario)
+    _check_encoder(served, artifacts.read_json(f"{served.encoder}/encoder.json").get("encoder_version"))
+    folder = serve.deployment(WindowFolder, name="WindowFolder", num_replicas=1, ray_actor_options={"num_cpus": 0})
+    deployment = serve.deployment(
+        serve.ingress()(NewItemReplica),
+        name="NewItems",
+        num_replicas=serving.num_replicas,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_queued_requests=serving.max_queued_requests,
+        ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
+    )
+    return deployment.bind(served, scenario.data, serving, folder.bind(served.center, serving.window_s))
+
+
+def _microseconds(at: datetime) -> int:
+    return (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+
+def _check_encoder(served: Served, encoder_version: str | None) -> None:
+    snapshot = Snapshot.open(served.snapshot, verify=False)
+    check_versions(
+        encoder_version,
+        snapshot.encoder_version,
+        expected_by=f"the encoder {served.encoder}",
+        found_in=f"the snapshot {served.snapshot}",
+    )

@@ -1,0 +1,86 @@
+"""What the apps serve: the CTR model, encoder, embeddings and behaviors that a run left, and the arguments that name it.
+
+serve run serve.ranking:app config=tiny run.root=/data/runs/tiny serving.variant=din-mim
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import ray
+from pydantic import BaseModel, ConfigDict
+
+from mim_ray import artifacts
+from mim_ray.config import Scenario, load_scenario
+from mim_ray.errors import ArtifactError, ConfigError
+
+
+class AppArgs(BaseModel):
+    """Arguments of a Serve app: `config`, and `section.key` for each setting that differs from the scenario's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    config: str = "tiny"
+
+    def scenario(self) -> Scenario:
+        """
+        Raises:
+            ConfigError: an unknown or wrong setting.
+        """
+        overrides = [
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in (self.model_extra or {}).items()
+        ]
+        return load_scenario(self.config, overrides)
+
+
+@dataclass(frozen=True)
+class Served:
+    """URIs.
+
+    Attributes:
+        ctr: the CTR model. snapshot: MM embeddings. center: their table and the window of new items.
+    """
+
+    ctr: str
+    encoder: str
+    snapshot: str
+    center: str
+    behaviors: str
+
+    @classmethod
+    def of(cls, scenario: Scenario) -> Served:
+        """Where the scenario's run left them.
+
+        Raises:
+            ArtifactError: the run has no snapshot yet.
+            ConfigError: a relative root on a cluster's node.
+        """
+        root = _root(scenario)
+        extraction = f"{root}/extraction"
+        manifest = artifacts.read_manifest(extraction)
+        if manifest is None:
+            raise ArtifactError(
+                f"{extraction} holds no finished extraction, so there is nothing to serve. Run jobs/run_all.py with the "
+                "same config and run.root first, or give the run.root of a finished run."
+            )
+        stage = scenario.extraction.encoder
+        return cls(
+            ctr=f"{root}/ctr/{scenario.serving.variant}",
+            encoder=f"{root}/pretraining/untrained" if stage == "untrained" else f"{root}/{stage}/encoder",
+            snapshot=str(manifest.metrics["snapshot"]),
+            center=f"{root}/center",
+            behaviors=f"{root}/samples/behaviors",
+        )
+
+
+def _root(scenario: Scenario) -> str:
+    given = scenario.run.root
+    on_a_node = ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+    if on_a_node and (given is None or ("://" not in given and not given.startswith(("/", "~")))):
+        raise ConfigError(
+            f"run.root = {given} is relative, and this app is built on a node of the cluster, not in your folder. Give an "
+            "absolute path or a URI that every node reaches, as run.root in the app's args."
+        )
+    return artifacts.run_root(scenario)

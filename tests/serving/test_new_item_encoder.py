@@ -1,0 +1,140 @@
+import base64
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from starlette.testclient import TestClient
+
+from mim_ray.data.transforms import content_hash, decode_image
+from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
+from mim_ray.representation_center.table import EmbeddingTable
+from mim_ray.representation_center.updates import WindowTail, fold
+from mim_ray.serving.messages import NewItemsRequest
+from mim_ray.serving.new_item_encoder import NewItemEncoder, new_item_api
+
+
+@pytest.fixture
+def encoder(small_run):
+    network = ItemEncoder.load(f"{small_run.root}/csft/encoder")
+    return NewItemEncoder(network, f"{small_run.root}/center", small_run.scenario.data)
+
+
+@pytest.fixture
+def client(encoder, small_run):
+    return TestClient(new_item_api(encoder, small_run.scenario.serving), raise_server_exceptions=False)
+
+
+def stored(encoder, small_run) -> pa.Table:
+    """All rows in the window."""
+    segments = WindowTail(f"{small_run.root}/center/window", encoder.encoder_version).poll()
+    return pa.concat_tables([rows for _, rows in segments]) if segments else None
+
+
+def text_of(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+def test_an_image_and_title_become_the_embedding_that_extraction_would_make(client, encoder, small_run, picture):
+    image = picture(1, size=64)
+    body = {"item_id": "n1", "title": "  red\tmug ", "image": text_of(image), "category": "mugs|gifts"}
+    answer = client.post("/v1/items", json=body)
+    assert answer.status_code == 200, answer.text
+    (item,) = answer.json()["items"]
+    assert item == {
+        "item_id": "n1",
+        "encoder_version": encoder.encoder_version,
+        "content_hash": content_hash("red mug", image),
+        "changed": True,
+        "rankable": True,
+    }
+    rows = stored(encoder, small_run)
+    assert rows["item_id"].to_pylist() == ["n1"]
+    assert rows["category"].to_pylist() == ["mugs"]
+    network = ItemEncoder.load(f"{small_run.root}/csft/encoder")
+    pixels = decode_image(image, network.image_size, network.resize)
+    expected = encode_batch(network, ["red mug"], pixels[None], np.array([True]))
+    np.testing.assert_allclose(np.array(rows["embedding"].to_pylist()), expected, atol=1e-6)
+
+
+def test_one_modality_is_enough(client, encoder, small_run, picture):
+    batch = [{"item_id": "t", "title": "a mug"}, {"item_id": "p", "image": text_of(picture(2, "JPEG"))}]
+    answer = client.post("/v1/items", json={"items": batch})
+    assert [item["item_id"] for item in answer.json()["items"]] == ["t", "p"]
+    vectors = np.array(stored(encoder, small_run)["embedding"].to_pylist())
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+
+
+def test_the_same_content_again_stores_nothing(client, encoder, small_run):
+    body = {"item_id": "n1", "title": "red mug"}
+    assert client.post("/v1/items", json=body).json()["items"][0]["changed"]
+    assert not client.post("/v1/items", json=body).json()["items"][0]["changed"]
+    assert stored(encoder, small_run).num_rows == 1
+    assert client.post("/v1/items", json=body | {"title": "blue mug"}).json()["items"][0]["changed"]
+    assert client.post("/v1/items", json=body).json()["items"][0]["changed"], "back to the first content is a change"
+    assert stored(encoder, small_run).num_rows == 3
+
+
+def test_content_that_extraction_has_encoded_is_no_change(client, encoder, small_run):
+    known = {"item_id": "i3", "title": "plain red thing 3"}
+    assert not client.post("/v1/items", json=known).json()["items"][0]["changed"]
+    assert stored(encoder, small_run) is None
+    assert client.post("/v1/items", json=known | {"title": "another"}).json()["items"][0]["changed"]
+
+
+def test_another_replica_and_a_restart_know_what_was_stored(encoder, small_run):
+    network = ItemEncoder.load(f"{small_run.root}/csft/encoder")
+    center, limits = f"{small_run.root}/center", small_run.scenario.data
+    other = NewItemEncoder(network, center, limits)
+    request = NewItemsRequest.model_validate({"item_id": "n1", "title": "red mug"})
+    assert encoder.encode(request).items[0].changed
+    assert not other.encode(request).items[0].changed
+    fold(f"{center}/window", EmbeddingTable(f"{center}/table"), keep_s=0)
+    assert stored(encoder, small_run) is None, "the segment is in the table now"
+    assert not NewItemEncoder(network, center, limits).encode(request).items[0].changed
+
+
+def test_older_content_never_replaces_newer(client, encoder, small_run):
+    now = datetime.now(UTC)
+    new = {"item_id": "n1", "title": "new", "content_at": now.isoformat()}
+    old = {"item_id": "n1", "title": "old", "content_at": (now - timedelta(days=1)).isoformat()}
+    assert client.post("/v1/items", json=new).json()["items"][0]["changed"]
+    assert not client.post("/v1/items", json=old).json()["items"][0]["changed"]
+    assert stored(encoder, small_run).num_rows == 1
+
+
+def bad_items(picture) -> dict[str, tuple[dict, str]]:
+    image = picture(3, size=64)
+    bomb = picture(4, size=8)
+    bomb = bomb[:16] + (60_000).to_bytes(4, "big") * 2 + bomb[24:]
+    return {
+        "neither": ({"item_id": "x"}, "neither an image nor a title"),
+        "blank title": ({"item_id": "x", "title": " \n"}, "neither an image nor a title"),
+        "empty image": ({"item_id": "x", "image": ""}, "neither an image nor a title"),
+        "no image file": ({"item_id": "x", "image": text_of(b"GIF89a, or so")}, "image format"),
+        "text as image": ({"item_id": "x", "title": "t", "image": text_of(b"<svg/>")}, "image format"),
+        "cut image": ({"item_id": "x", "image": text_of(image[:200])}, "image corrupt"),
+        "too many pixels": ({"item_id": "x", "image": text_of(bomb)}, "image"),
+        "too many bytes": ({"item_id": "x", "image": text_of(b"\x89PNG" + bytes(8_000_001))}, "image too large"),
+        "future": ({"item_id": "x", "title": "t", "content_at": "2999-01-01T00:00:00Z"}, "lies in the future"),
+        "blank id": ({"item_id": " ", "title": "t"}, "must not be blank"),
+        "empty batch": ({"items": []}, "items"),
+        "twice": ({"items": [{"item_id": "x", "title": "t"}, {"item_id": "x", "title": "u"}]}, "occurs twice"),
+        "good and bad": ({"items": [{"item_id": "g", "title": "t"}, {"item_id": "x"}]}, "items[1] has neither"),
+    }
+
+
+def test_bad_items_get_a_4xx_with_a_sentence_and_store_nothing(client, encoder, small_run, picture):
+    for name, (body, words) in bad_items(picture).items():
+        answer = client.post("/v1/items", json=body)
+        assert 400 <= answer.status_code < 500, (name, answer.text)
+        assert words in answer.json()["error"], (name, answer.text)
+        assert "Traceback" not in answer.text
+    assert stored(encoder, small_run) is None
+
+
+def test_health_readiness_and_the_openapi_page_answer(client, encoder):
+    assert client.get("/v1/items/healthz").json() == {"status": "ok"}
+    assert client.get("/v1/items/readyz").json()["encoder_version"] == encoder.encoder_version
+    page = client.get("/v1/items/openapi.json").json()
+    assert page["components"]["schemas"]["NewItemsRequest"]["examples"]

@@ -1,0 +1,138 @@
+import json
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from mim_ray.ciubm.export import load_ranker
+from mim_ray.errors import ArtifactError, VersionMismatchError
+from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.representation_center.updates import append_segment, segment_rows
+from mim_ray.serving.messages import RankRequest
+from mim_ray.serving.ranker import RankingService, bind_ranking, ranking_api
+from mim_ray.serving.served import Served
+
+
+@pytest.fixture
+def service(small_run):
+    service = RankingService.open(Served.of(small_run.scenario), small_run.scenario.serving)
+    yield service
+    service.embeddings.stop()
+
+
+@pytest.fixture
+def client(service, small_run):
+    serving = small_run.scenario.serving.model_copy(update={"max_candidates": 50})
+    service.max_candidates = serving.max_candidates
+    return TestClient(ranking_api(service, serving), raise_server_exceptions=False)
+
+
+def test_items_come_by_falling_probability_of_the_model_itself(client, service, small_run):
+    candidates = [f"i{row}" for row in range(20)]
+    answer = client.post("/v1/rank", json={"user_id": "u1", "candidates": candidates}).json()
+    prob = {item["item_id"]: item["prob"] for item in answer["items"]}
+    assert list(prob.values()) == sorted(prob.values(), reverse=True)
+    snapshot = Snapshot.open(Served.of(small_run.scenario).snapshot)
+
+    def multi_get(ids):
+        rows = snapshot.lookup(ids)
+        return snapshot.gather(rows), rows >= 0, [None] * len(ids)
+
+    model = load_ranker(f"{small_run.root}/ctr/sim-mim")
+    expected = model.score("u1", ["i1", "i2", "i3", "i4", "i5"], candidates, multi_get)
+    np.testing.assert_allclose([prob[item] for item in candidates], expected, atol=1e-7)
+    assert answer["num_behaviors"] == 5
+    assert answer["encoder_version"] == snapshot.encoder_version
+    assert answer["model_version"].startswith("sim-mim-")
+
+
+def test_top_k_keeps_the_best_and_a_candidate_given_twice_is_ranked_once(client):
+    body = {"user_id": "u1", "candidates": ["i3", "i1", "i3", "i2", "i1"]}
+    ranked = client.post("/v1/rank", json=body).json()["items"]
+    assert sorted(item["item_id"] for item in ranked) == ["i1", "i2", "i3"]
+    assert client.post("/v1/rank", json=body | {"top_k": 2}).json()["items"] == ranked[:2]
+    assert client.post("/v1/rank", json=body | {"top_k": 99}).json()["items"] == ranked
+
+
+def test_behaviors_in_the_request_replace_the_stored_ones(client):
+    body = {"user_id": "u1", "candidates": ["i1", "i2"]}
+    stored = client.post("/v1/rank", json=body).json()
+    same = client.post("/v1/rank", json=body | {"behaviors": ["i1", "i2", "i3", "i4", "i5"]}).json()
+    other = client.post("/v1/rank", json=body | {"behaviors": ["i20"]}).json()
+    none = client.post("/v1/rank", json=body | {"behaviors": []}).json()
+    assert same["items"] == stored["items"] != other["items"]
+    assert (other["num_behaviors"], none["num_behaviors"]) == (1, 0)
+
+
+def test_unknown_users_and_items_are_scored_and_flagged(client):
+    answer = client.post("/v1/rank", json={"user_id": "nobody", "candidates": ["i1", "i35", "never-heard-of"]}).json()
+    flags = {item["item_id"]: (item["unknown_item"], item["no_content"]) for item in answer["items"]}
+    assert flags == {"i1": (False, False), "i35": (True, False), "never-heard-of": (True, True)}
+    assert answer["num_behaviors"] == 0
+    assert all(0 <= item["prob"] <= 1 for item in answer["items"])
+
+
+def test_ids_that_look_like_paths_or_sql_are_ids(client):
+    ids = ["../../etc/passwd", "'; drop table items; --", "i1/../i2", "💥", "%00", "a b"]
+    answer = client.post("/v1/rank", json={"user_id": ids[0], "candidates": ids})
+    assert answer.status_code == 200
+    assert sorted(item["item_id"] for item in answer.json()["items"]) == sorted(ids)
+
+
+def test_more_candidates_than_allowed_are_refused(client):
+    answer = client.post("/v1/rank", json={"user_id": "u", "candidates": [f"i{row}" for row in range(51)]})
+    assert answer.status_code == 422
+    assert "51 items; at most 50" in answer.json()["error"]
+
+
+def test_a_new_item_gets_content_and_its_category_without_a_restart(service, small_run):
+    request = RankRequest(user_id="u1", candidates=["n1"])
+    before = service.rank(request).items[0]
+    assert (before.unknown_item, before.no_content) == (True, True)
+    vector = Snapshot.open(Served.of(small_run.scenario).snapshot).gather(np.array([0]))
+    rows = segment_rows(["n1"], vector, content_hashes=["h"], content_at=[datetime.now(UTC)], categories=["mugs"])
+    append_segment(f"{small_run.root}/center/window", rows, encoder_version=service.model.encoder_version)
+    service.embeddings.refresh()
+    after = service.rank(request).items[0]
+    assert (after.unknown_item, after.no_content) == (True, False)
+    assert after.prob != before.prob
+    assert service.embeddings.multi_get(["n1"])[2].to_pylist() == ["mugs"]
+
+
+def test_a_score_that_is_no_number_is_never_answered(client, service, monkeypatch):
+    monkeypatch.setattr(service.model, "score", lambda user, behaviors, candidates, multi_get: np.array([np.nan]))
+    answer = client.post("/v1/rank", json={"user_id": "u1", "candidates": ["i1"]})
+    assert answer.status_code == 500
+    assert set(answer.json()) == {"error"}
+
+
+def test_a_model_of_another_encoder_version_refuses_to_start_naming_both(small_run):
+    path = small_run.root / "ctr" / "sim-mim" / "ctr.json"
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps(info | {"encoder_version": "csft-of-yesterday"}))
+    for start in (
+        lambda: bind_ranking(small_run.scenario),
+        lambda: RankingService.open(Served.of(small_run.scenario), small_run.scenario.serving),
+    ):
+        with pytest.raises(VersionMismatchError) as caught:
+            start()
+        assert "csft-of-yesterday" in str(caught.value)
+        assert info["encoder_version"] in str(caught.value)
+
+
+def test_a_run_that_is_not_finished_is_a_sentence(small_run):
+    serving = small_run.scenario.serving.model_copy(update={"variant": "din-mim"})
+    with pytest.raises(ArtifactError, match=r"din-mim/ctr\.json is not there"):
+        bind_ranking(small_run.scenario.model_copy(update={"serving": serving}))
+    (small_run.root / "extraction" / "artifact.json").unlink()
+    with pytest.raises(ArtifactError, match="nothing to serve"):
+        bind_ranking(small_run.scenario)
+
+
+def test_health_readiness_and_the_openapi_page_answer(client):
+    assert client.get("/healthz").json() == {"status": "ok"}
+    ready = client.get("/readyz").json()
+    assert ready["num_items"] == 40
+    assert ready["encoder_version"].startswith("csft-")
+    assert client.get("/openapi.json").json()["components"]["schemas"]["RankRequest"]["examples"]
