@@ -20,7 +20,7 @@ def job_main(doc: str | None, prefix: str, argv: Sequence[str] | None = None) ->
     run_job(doc, job, argv)
 
 
-def run_job(doc: str | None, job: Callable[[Scenario], None], argv: Sequence[str] | None = None) -> None:
+def run_job(doc: str | None, job: Callable[[Scenario], object], argv: Sequence[str] | None = None) -> None:
     """Call `job` with the scenario of the command line. A user's mistake prints a sentence and exits with 2."""
     try:
         job(scenario_from_cli(doc, argv))

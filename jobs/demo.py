@@ -1,0 +1,15 @@
+"""The whole chain on a synthetic shop, on one machine: from a catalogue and raw events to a ranked HTTP answer.
+
+    python jobs/demo.py
+    python jobs/demo.py synthetic.num_items=10000 run.root=/tmp/larger
+
+`make demo` installs what it needs and calls this. Leaves runs/demo/report.html and report.json.
+"""
+
+import sys
+
+from mim_ray.pipeline.cli import run_job
+from mim_ray.pipeline.run_all import run_all
+
+if __name__ == "__main__":
+    run_job(__doc__, run_all, ["run.root=runs/demo", *sys.argv[1:]])
