@@ -1,0 +1,186 @@
+"""The user's own impressions and interest_pairs, which replace the built ones: checked, split, never thinned out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mim_ray.config.scenario import Data, Samples
+from mim_ray.data.event_log import (
+    STAGE,
+    UNKNOWN_TIME,
+    bad_times,
+    complete,
+    is_blank,
+    is_in,
+    signals,
+    times_us,
+)
+from mim_ray.data.ids import IdIndex
+from mim_ray.data.rejects import reject_rows
+from mim_ray.data.schema import IMPRESSIONS, INTEREST_PAIRS, SPLITS
+from mim_ray.data.sources import Shard
+from mim_ray.data.splits import Split, split_by_time
+from mim_ray.data.transforms import BadImage, check_image
+from mim_ray.data.user_parts import PAIR_GROUP, Tallies, write_impressions, write_parquet
+from mim_ray.errors import DataError
+
+
+@dataclass(frozen=True)
+class OwnSplit:
+    """How an own impressions table is split.
+
+    Attributes:
+        column: its split column is obeyed. by_time: rows that the column does not settle (train rows from the validation
+            start on, where the column names no validation rows; all rows without a column).
+        not_by_time: rows of train are later than the first ones of validation or test.
+    """
+
+    column: bool
+    takes_validation: bool
+    by_time: Split
+    not_by_time: bool
+
+
+def own_split(shards: list[Shard], settings: Samples) -> OwnSplit:
+    """
+    Raises:
+        DataError: the split column holds other words than train, validation and test, or no test or train rows.
+    """
+    rows = pa.concat_tables([shard.read(["timestamp", "split"]) for shard in shards])
+    times, known = times_us(rows["timestamp"]), ~_bad(times_us(rows["timestamp"]))
+    if rows["split"].null_count == rows.num_rows:
+        return OwnSplit(False, False, split_by_time(times[known], settings), False)
+    words = set(pc.unique(rows["split"]).to_pylist())
+    if words - set(SPLITS):
+        raise DataError(
+            f"{shards[0].source}: the split column holds {sorted(map(str, words - set(SPLITS)))}. "
+            f"Use {', '.join(SPLITS)} in every row, or leave the column out to split by time."
+        )
+    of = {name: times[np.asarray(pc.equal(rows["split"], name)) & known] for name in SPLITS}
+    if not len(of["train"]) or "test" not in words:
+        raise DataError(
+            f"{shards[0].source}: the split column names no {'test' if len(of['train']) else 'train'} rows."
+        )
+    takes_validation = "validation" not in words
+    if takes_validation:
+        in_train = settings.model_copy(
+            update={"test_ratio": 0.0, "test_start": None, "validation_ratio": settings.validation_ratio}
+        )
+        validation = split_by_time(of["train"], in_train).validation_start
+    else:
+        validation = int(min(of["validation"].min(initial=UNKNOWN_TIME), of["test"].min(initial=UNKNOWN_TIME)))
+    test = int(of["test"].min(initial=UNKNOWN_TIME))
+    not_by_time = bool(of["train"].max() >= min(test, UNKNOWN_TIME if takes_validation else validation))
+    return OwnSplit(True, takes_validation, Split(min(validation, test), test), not_by_time)
+
+
+def write_own_impressions(
+    shard: Shard, number: int, split: OwnSplit, settings: Samples, output: str
+) -> tuple[pa.Table, pa.Table, pa.Table]:
+    """Write one shard of the user's impressions.
+
+    A test row is never dropped: a missing user id becomes "", a missing label stays null, unknown items stay. Train and
+    validation rows without a label of 0 or 1, and rows that cannot be placed in time without a split, are rejected.
+
+    Returns:
+        one row of PART_RESULT, the newest behaviors of each user in this shard with their time, and the rejects.
+    """
+    rows = shard.read()
+    times = times_us(rows["timestamp"])
+    if split.column:
+        names = rows["split"]
+        if split.takes_validation:
+            late = pa.array(times >= split.by_time.validation_start)
+            names = pc.if_else(pc.and_(pc.equal(names, "train"), late), "validation", names)
+    else:
+        names = pa.chunked_array([pa.array(SPLITS).take(pa.array(split.by_time.of(times)))])
+    label = np.asarray(pc.fill_null(rows["label"], -1))
+    test = is_in(names, ("test",))
+    bad_label = ~np.isin(label, (0, 1))
+    untimed = _bad(times) & (not split.column)
+    reasons = np.where(is_blank(rows["impression_id"]), "no impression id", "")
+    reasons = np.where(untimed, "no usable timestamp", reasons)
+    reasons = np.where((reasons == "") & bad_label & ~test, "label is not 0 or 1", reasons)
+    bad = np.flatnonzero(reasons != "")
+    rejects = reject_rows(
+        STAGE,
+        "impressions",
+        [(str(row + shard.first_row), str(reasons[row]), f"row of {shard.source}") for row in bad.tolist()],
+    )
+    behaviors = _newest(rows["behaviors"], settings.max_behaviors)
+    columns = {name: rows[name] for name in IMPRESSIONS.schema.names}
+    columns |= {
+        "user_id": pc.fill_null(rows["user_id"], ""),
+        "label": pc.if_else(pa.array(bad_label), pa.scalar(None, pa.int8()), rows["label"]),
+        "behaviors": behaviors,
+        "split": names,
+        "drawn": pc.fill_null(rows["drawn"], False),
+    }
+    kept = complete(columns, rows.num_rows, IMPRESSIONS.schema).filter(pa.array(reasons == ""))
+    tallies = Tallies()
+    write_impressions(kept, output, number, tallies)
+    counts = {"test rows without label": int((bad_label & test & (reasons == "")).sum())}
+    newest = kept.select(["user_id", "timestamp", "behaviors"]).sort_by("timestamp")
+    newest = newest.group_by("user_id", use_threads=False).aggregate([("timestamp", "last"), ("behaviors", "last")])
+    return tallies.result(counts, []), newest, rejects
+
+
+def write_own_pairs(
+    shard: Shard, number: int, index: IdIndex, categories: pa.Array, before: int, data: Data, output: str
+) -> tuple[dict[str, int], pa.Table]:
+    """Write the user's pairs of one shard that happened before `before` (microseconds); returns counts and rejects."""
+    rows = shard.read()
+    item, times = index.rows(rows["item_id"]), times_us(rows["timestamp"])
+    query_item = index.rows(rows["query_item_id"])
+    rejects: list[tuple[str, str, str]] = []
+    keep = np.zeros(rows.num_rows, bool)
+    blank = is_blank(rows["user_id"])
+    untimed = _bad(times)
+    for row, image in enumerate(rows["query_image"].to_pylist()):
+        key = str(row + shard.first_row)
+        if item[row] < 0:
+            rejects.append((key, "unknown item", f"row of {shard.source}"))
+        elif untimed[row] or blank[row]:
+            rejects.append((key, "no user id" if blank[row] else "no usable timestamp", f"row of {shard.source}"))
+        elif image is None and query_item[row] < 0:
+            rejects.append((key, "no query image", "neither query_image nor a known query_item_id"))
+        else:
+            try:
+                if image is not None:
+                    check_image(image, data.max_image_bytes, data.max_image_pixels)
+                keep[row] = times[row] < before
+            except BadImage as error:
+                rejects.append((key, error.reason, f"query image: {error.detail}"))
+    columns = {name: rows[name] for name in INTEREST_PAIRS.schema.names}
+    given = pa.chunked_array([categories]).take(pa.array(np.maximum(item, 0)))
+    columns |= {
+        "category": pc.coalesce(rows["category"], given),
+        "signal": signals(pc.fill_null(rows["signal"], "purchase")),
+        "built": pc.fill_null(rows["built"], False),
+    }
+    pairs = complete(columns, rows.num_rows, INTEREST_PAIRS.schema).filter(pa.array(keep))
+    write_parquet(f"{output}/interest_pairs/part-{number:05d}.parquet", pairs, PAIR_GROUP)
+    late = rows.num_rows - len(rejects) - pairs.num_rows
+    return {"interest pairs": pairs.num_rows, "interest pairs after train": late}, reject_rows(
+        STAGE, "interest_pairs", rejects
+    )
+
+
+def _bad(times: np.ndarray) -> np.ndarray:
+    return np.any([mask for _, mask in bad_times(times)], axis=0)
+
+
+def _newest(lists: pa.ChunkedArray, length: int) -> pa.Array:
+    """Each list's last `length` values; a null list is an empty one."""
+    array = lists.combine_chunks()
+    sizes = np.asarray(pc.fill_null(pc.list_value_length(array), 0)).astype(np.int64)
+    ends = np.cumsum(sizes)
+    kept = np.minimum(sizes, length)
+    offsets = np.concatenate([[0], np.cumsum(kept)])
+    places = np.arange(offsets[-1]) - np.repeat(offsets[:-1], kept) + np.repeat(ends - kept, kept)
+    values = array.flatten().take(pa.array(places))
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
