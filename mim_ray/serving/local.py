@@ -24,16 +24,20 @@ def start(scenario: Scenario) -> str:
     Raises:
         MimRayError: the run is not finished, versions do not match, or strangers could call.
     """
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     targets = [
-        serve.RunTarget(bind_ranking(scenario), name="ranking", route_prefix="/"),
-        serve.RunTarget(bind_new_item_encoder(scenario), name="new_item_encoder", route_prefix="/v1/items"),
+        serve.RunTarget(application, name=name, route_prefix=prefix, logging_config=quiet)
+        for application, name, prefix in (
+            (bind_ranking(scenario), "ranking", "/"),
+            (bind_new_item_encoder(scenario), "new_item_encoder", "/v1/items"),
+        )
     ]
     host, port = scenario.serving.host, scenario.serving.port or _free_port(scenario.serving.host)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": host, "port": port, "request_timeout_s": REQUEST_TIMEOUT_S},
-        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+        logging_config=quiet,
     )
     serve.run_many(targets)
     return f"http://{host}:{port}"

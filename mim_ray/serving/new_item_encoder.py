@@ -1,6 +1,6 @@
 """POST /v1/items, RIM (paper Section 3.5): new items are encoded as they come, made durable, and rankable at once.
 
-An item is acknowledged when its window segment is safely stored; rankers follow the window, and a folder process brings it
+An item is acknowledged when its window segment is safely stored; rankers follow the window, and a thread folds it
 into the Delta table every `serving.window_s`. `NewItemEncoder` is plain Python, `new_item_api` puts HTTP around it,
 `bind_new_item_encoder` makes it a Ray Serve application.
 """
@@ -8,6 +8,7 @@ into the Delta table every `serving.window_s`. `NewItemEncoder` is plain Python,
 from __future__ import annotations
 
 import logging
+import random
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from mim_ray import artifacts
@@ -186,20 +186,24 @@ def new_item_api(encoder: NewItemEncoder, serving: Serving) -> ASGIApp:
     return guarded(app, serving.max_body_bytes)
 
 
-class WindowFolder:
-    """Folds the window into the Delta table every `window_s`; one process, no requests."""
+class WindowFolding:
+    """A thread that folds the window into the Delta table every `window_s`. Each replica has one: folding is safe beside
+    others, and goes on when a replica dies."""
 
     def __init__(self, center: str, window_s: float) -> None:
         self._center, self._window_s = center, window_s
-        self._stopped = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="window-folding")
+        self._thread.start()
 
-    def __del__(self) -> None:
-        self._stopped.set()
+    def stop(self) -> None:
+        """Finish the round that runs, and start none."""
+        self._stop.set()
+        self._thread.join()
 
     def _run(self) -> None:
         table = EmbeddingTable(f"{self._center}/table")
-        while not self._stopped.wait(self._window_s):
+        while not self._stop.wait(self._window_s * random.uniform(0.8, 1.2)):  # replicas drift apart
             try:
                 fold(f"{self._center}/window", table)
             except Exception:  # storage may fail for a while: nothing is lost, the next round folds it
@@ -209,7 +213,7 @@ class WindowFolder:
 class NewItemReplica:
     """One process that serves `new_item_api`."""
 
-    def __init__(self, served: Served, limits: Data, serving: Serving, folder: DeploymentHandle) -> None:
+    def __init__(self, served: Served, limits: Data, serving: Serving) -> None:
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
         encoder = ItemEncoder.load(served.encoder)
         _check_encoder(served, encoder.encoder_version)
@@ -217,7 +221,7 @@ class NewItemReplica:
             encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu")
         self._encoder = NewItemEncoder(encoder, served.center, limits)
         self._serving = serving
-        self._folder = folder  # bound, so that it is deployed with this app
+        self._folding = WindowFolding(served.center, serving.window_s)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return new_item_api(self._encoder, self._serving)
@@ -233,16 +237,14 @@ def bind_new_item_encoder(scenario: Scenario) -> Application:
     check_exposure(serving)
     served = Served.of(scenario)
     _check_encoder(served, artifacts.read_json(f"{served.encoder}/encoder.json").get("encoder_version"))
-    folder = serve.deployment(WindowFolder, name="WindowFolder", num_replicas=1, ray_actor_options={"num_cpus": 0})
     deployment = serve.deployment(
-        serve.ingress()(NewItemReplica),
         name="NewItems",
         num_replicas=serving.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=serving.max_queued_requests,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
-    )
-    return deployment.bind(served, scenario.data, serving, folder.bind(served.center, serving.window_s))
+    )(serve.ingress()(NewItemReplica))
+    return deployment.bind(served, scenario.data, serving)
 
 
 def _microseconds(at: datetime) -> int:

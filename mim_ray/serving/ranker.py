@@ -164,11 +164,10 @@ def bind_ranking(scenario: Scenario) -> Application:
     if trained_on is not None:
         check_versions(trained_on, found, expected_by=f"The CTR model {served.ctr}", found_in=served.snapshot)
     deployment = serve.deployment(
-        serve.ingress()(RankingReplica),
         name="Ranking",
         num_replicas=serving.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=serving.max_queued_requests,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
-    )
+    )(serve.ingress()(RankingReplica))
     return deployment.bind(served, serving)
