@@ -239,6 +239,14 @@ class Csft(Workers):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     signal: Literal["purchase", "click", "any"] = "any"
     """Pairs used (Table 4: click is v4, purchase v5). "any": all pairs there are."""
+    held_out_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Part of the pairs, by hash, that is never trained on and on which retrieval is measured."""
+    max_held_out: Positive = 1_024
+    """Held-out pairs measured at most."""
+    max_gallery: Positive = 50_000
+    """Items among which retrieval looks for the purchased one; a larger catalogue is sampled."""
+    checkpoint_every_steps: Positive = 500
+    """Steps between the checkpoints from which crashed workers go on."""
 
 
 class Extraction(Section):
@@ -315,14 +323,15 @@ class Evaluation(Section):
 class Serving(Section):
     """Serve apps."""
 
-    variant: Variant = "sim-mim"
-    """The CTR model that ranks, one of ciubm.variants."""
+    variant: Variant | None = None
+    """The CTR model that ranks, one of ciubm.variants. Default: the first of them that uses MM embeddings."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0 picks a free port."""
     num_replicas: Positive = 1
     cpus_per_replica: PositiveFloat = 0.5
     gpus_per_replica: Annotated[float, Field(ge=0.0)] = 0.0
+    """Of the new-item encoder; ranking uses none."""
     max_candidates: Positive = 2_000
     """More in one request is a 4xx."""
     max_body_bytes: Positive = 12_000_000

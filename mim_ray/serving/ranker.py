@@ -168,6 +168,6 @@ def bind_ranking(scenario: Scenario) -> Application:
         num_replicas=serving.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=serving.max_queued_requests,
-        ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
+        ray_actor_options={"num_cpus": serving.cpus_per_replica},
     )(serve.ingress()(RankingReplica))
     return deployment.bind(served, serving)

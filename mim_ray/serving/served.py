@@ -67,12 +67,17 @@ class Served:
             )
         stage = scenario.extraction.encoder
         return cls(
-            ctr=f"{root}/ctr/{scenario.serving.variant}",
+            ctr=f"{root}/ctr/{_variant(scenario)}",
             encoder=f"{root}/pretraining/untrained" if stage == "untrained" else f"{root}/{stage}/encoder",
             snapshot=str(manifest.metrics["snapshot"]),
             center=f"{root}/center",
             behaviors=f"{root}/samples/behaviors",
         )
+
+
+def _variant(scenario: Scenario) -> str:
+    variants = scenario.ciubm.variants
+    return scenario.serving.variant or next((name for name in variants if name.endswith("-mim")), variants[0])
 
 
 def _root(scenario: Scenario) -> str:
