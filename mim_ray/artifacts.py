@@ -15,17 +15,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 
 from mim_ray.config import Scenario
 from mim_ray.errors import ArtifactError, ConfigError
+
+if TYPE_CHECKING:  # torch is imported where tensors are read or written: data tasks start in half the time without it
+    import torch
 
 MANIFEST = "artifact.json"
 
@@ -175,9 +174,9 @@ def read_json(uri: str) -> Any:
 
 def write_tensors(uri: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """All state is flat safetensors; shared storage is copied."""
-    write_bytes(
-        uri, save_safetensors({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()})
-    )
+    from safetensors.torch import save
+
+    write_bytes(uri, save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}))
 
 
 def read_tensors(uri: str) -> dict[str, torch.Tensor]:
@@ -185,8 +184,11 @@ def read_tensors(uri: str) -> dict[str, torch.Tensor]:
     Raises:
         ArtifactError: the file is missing or no safetensors file.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
-        return load_safetensors(read_bytes(uri))
+        return load(read_bytes(uri))
     except SafetensorError as error:
         raise ArtifactError(f"{uri} is damaged ({error}). Delete its folder and run the stage again.") from None
 

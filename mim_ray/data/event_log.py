@@ -9,19 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mim_ray.config.scenario import Data, Samples
+from mim_ray.config.scenario import Samples
 from mim_ray.data.ids import IdIndex, hash_ids
 from mim_ray.data.rejects import reject_rows
-from mim_ray.data.schema import INTEREST_PAIRS, TIME
+from mim_ray.data.schema import TIME
 from mim_ray.data.sources import Shard
-from mim_ray.data.transforms import BadImage, check_image
 
 STAGE = "samples"
 DAY_US = 86_400_000_000
 UNKNOWN_TIME = np.iinfo(np.int64).max
 POSITIVE, PAIR, SHOWN, SEARCHED = 1, 2, 4, 8  # bits of the column `kind`
 
-_EVENT_COLUMNS = ("user_id", "item_id", "event", "rating", "timestamp")
+EVENT_COLUMNS = ("user_id", "item_id", "event", "rating", "timestamp")
 EVENTS = pa.schema(
     [
         ("part", pa.int32()),  # users' hash modulo the number of parts
@@ -75,9 +74,9 @@ def clean_shard(
     Returns:
         the usable rows (EVENTS), (time, item) of the positives in the order of time, and ShardStats.
     """
-    columns = [*_EVENT_COLUMNS, "impression_id", "query_text", "query_image", "revenue"]
+    columns = [*EVENT_COLUMNS, "impression_id", "query_text", "query_image", "revenue"]
     rows = shard.read(columns)
-    checked = _check(rows, shard, items, settings)
+    checked = check_events(rows, shard, items, settings)
     keep, kind = checked.keep, checked.kind
     kept = rows.filter(pa.array(keep))
     kind, item, times = kind[keep], checked.item[keep], checked.time[keep]
@@ -121,39 +120,6 @@ def clean_shard(
     return events, (times[in_time], item[in_time]), stats
 
 
-def search_pairs(
-    shard: Shard, items: Items, categories: pa.Array, settings: Samples, data: Data, before: int
-) -> tuple[pa.Table, pa.Table]:
-    """Interest pairs from the image searches of one shard that happened before `before` (microseconds).
-
-    Returns:
-        rows of interest_pairs, and rejects for unusable query images (all other rejects were counted by clean_shard).
-    """
-    rows = shard.read([*_EVENT_COLUMNS, "query_image"])
-    checked = _check(rows, shard, items, settings)
-    wanted = np.flatnonzero(
-        checked.keep & (checked.kind & PAIR != 0) & (checked.kind & SEARCHED != 0) & (checked.time < before)
-    )
-    usable, bad = [], []
-    for row, image in zip(wanted.tolist(), rows["query_image"].take(pa.array(wanted)).to_pylist(), strict=True):
-        try:
-            check_image(image, data.max_image_bytes, data.max_image_pixels)
-            usable.append(row)
-        except BadImage as error:
-            bad.append((str(row + shard.first_row), error.reason, f"query image: {error.detail}"))
-    kept = rows.take(pa.array(usable, pa.int64()))
-    pairs = {
-        "query_image": kept["query_image"],
-        "item_id": kept["item_id"],
-        "category": categories.take(pa.array(checked.item[usable])),
-        "signal": signals(kept["event"]),
-        "timestamp": kept["timestamp"],
-        "user_id": kept["user_id"],
-        "built": pa.array(np.zeros(len(usable), bool)),
-    }
-    return complete(pairs, len(usable), INTEREST_PAIRS.schema), reject_rows(STAGE, "interactions", bad)
-
-
 def signals(events: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
     """`click` stays click; every other event counts as the strong signal, purchase."""
     return pc.if_else(pc.equal(events, "click"), "click", "purchase")
@@ -166,7 +132,9 @@ def complete(columns: dict[str, pa.Array | pa.ChunkedArray], num_rows: int, sche
 
 
 @dataclass
-class _Checked:
+class Checked:
+    """What is known of each row of a shard; `kind` are the bits above, `item` is -1 where it is unknown."""
+
     keep: np.ndarray
     item: np.ndarray
     time: np.ndarray
@@ -175,7 +143,8 @@ class _Checked:
     below_rating: int
 
 
-def _check(rows: pa.Table, shard: Shard, items: Items, settings: Samples) -> _Checked:
+def check_events(rows: pa.Table, shard: Shard, items: Items, settings: Samples) -> Checked:
+    """Decide for each row whether it can be used and what it says; `rows` has EVENT_COLUMNS."""
     item = items.index.rows(rows["item_id"])
     times = times_us(rows["timestamp"])
     created = np.append(items.created, UNKNOWN_TIME)[item]
@@ -214,7 +183,7 @@ def _check(rows: pa.Table, shard: Shard, items: Items, settings: Samples) -> _Ch
         POSITIVE * (positive & rating_ok) + PAIR * (pair & rating_ok) + SHOWN * shown + SEARCHED * searched
     )  # bits, so plus is or
     below = int(((positive | pair) & ~rating_ok & (why < 0)).sum())
-    return _Checked(why < 0, item, times, kind.astype(np.int64), rejects, below)
+    return Checked(why < 0, item, times, kind.astype(np.int64), rejects, below)
 
 
 def times_us(column: pa.ChunkedArray | pa.Array) -> np.ndarray:

@@ -28,13 +28,14 @@ import ray.data
 from mim_ray import artifacts
 from mim_ray.config import Scenario
 from mim_ray.data.catalogue import write_index
-from mim_ray.data.event_log import STAGE, UNKNOWN_TIME, Items, ShardStats, clean_shard, search_pairs
+from mim_ray.data.event_log import STAGE, UNKNOWN_TIME, Items, ShardStats, clean_shard
 from mim_ray.data.ids import IdIndex
 from mim_ray.data.items import choose_items, write_items_part
-from mim_ray.data.own_tables import own_split, write_own_impressions, write_own_pairs
+from mim_ray.data.own_tables import OwnSplit, own_split, write_own_impressions
+from mim_ray.data.pairs import write_own_pairs, write_search_pairs
 from mim_ray.data.rejects import reject_rows, write_rejects
 from mim_ray.data.schema import INTEREST_PAIRS, SPLITS, TIME
-from mim_ray.data.sources import find_table, require_table, shards
+from mim_ray.data.sources import Shard, find_table, require_table, shards
 from mim_ray.data.splits import Split, age_shares, iso, split_by_time
 from mim_ray.data.user_parts import BEHAVIORS, PAIR_GROUP, PartJob, write_parquet, write_part_of_users
 from mim_ray.data.user_samples import Pool
@@ -63,8 +64,8 @@ def run(scenario: Scenario, *, data_root: str, output: str, rejects: str) -> Sta
 class _Log:
     """The checked interactions."""
 
-    shards: list[Any]
-    events: list[ray.ObjectRef]
+    shards: list[Shard]
+    events: list[Any]
     positives: list[ray.ObjectRef]
     stats: list[ShardStats]
     num_parts: int
@@ -116,9 +117,10 @@ class _Build:
         if own_impressions is not None:
             results += self._write_own_impressions(own_shards, decided, with_behaviors=log is None)
         if own_pairs is not None:
-            self._write_own_pairs(shards(own_pairs, "interest_pairs", 20_000), split)
+            parts = shards(own_pairs, "interest_pairs", 20_000)
+            self._write_pairs(write_own_pairs, "check interest pairs", parts, split)
         elif pairs == "searched" and log is not None:
-            self._write_search_pairs(log, split)
+            self._write_pairs(write_search_pairs, "collect image searches", log.shards, split)
         if not artifacts.list_files(f"{self.output}/interest_pairs", ".parquet"):
             empty = INTEREST_PAIRS.schema.empty_table()
             write_parquet(f"{self.output}/interest_pairs/part-00000.parquet", empty, PAIR_GROUP)
@@ -133,7 +135,7 @@ class _Build:
         stride = max(1, num_rows // _MAX_SAMPLED_TIMES)
         clean = ray.remote(num_returns=3)(clean_shard)
         settings = self.scenario.samples
-        refs = [clean.remote(shard, self.items_ref, settings, num_parts, stride) for shard in parts]
+        refs: list[Any] = [clean.remote(shard, self.items_ref, settings, num_parts, stride) for shard in parts]
         done = _gather("check events", [ref[2] for ref in refs], [shard.num_rows for shard in parts], "events")
         log = _Log(parts, [ref[0] for ref in refs], [ref[1] for ref in refs], done, num_parts)
         for stats in done:
@@ -149,7 +151,7 @@ class _Build:
             )
         return log
 
-    def _write_catalogue(self, item_shards: list[Any], keep: np.ndarray, items: Items, log: _Log | None) -> None:
+    def _write_catalogue(self, item_shards: list[Shard], keep: np.ndarray, items: Items, log: _Log | None) -> None:
         first_seen = np.full(len(items.index), UNKNOWN_TIME)
         for stats in log.stats if log is not None else ():
             np.minimum.at(first_seen, *stats.first_seen)
@@ -189,6 +191,7 @@ class _Build:
         results = []
         with Progress("make samples", total=log.num_parts, unit="parts of the users") as progress:
             for batch in parts.iter_batches(batch_size=None, batch_format="pyarrow"):
+                assert isinstance(batch, pa.Table)
                 results.append(batch)
                 progress.add(batch.num_rows)
         return results
@@ -201,20 +204,20 @@ class _Build:
         known = known[: int((self.known_since != UNKNOWN_TIME).sum())]
         return Pool(time[order], item[order], self.known_since[known], known)
 
-    def _write_search_pairs(self, log: _Log, split: Split) -> None:
-        collect = ray.remote(_write_search_pairs)
-        categories = ray.put(self.categories)
+    def _write_pairs(self, write: Callable[..., Any], label: str, parts: list[Shard], split: Split) -> None:
+        data, settings, before = self.scenario.data, self.scenario.samples, split.validation_start
+        task, categories = ray.remote(write), ray.put(self.categories)
         tasks = [
-            collect.remote(
-                shard, number, self.items_ref, categories, self.scenario, split.validation_start, self.output
-            )
-            for number, shard in enumerate(log.shards)
+            task.remote(shard, number, self.items_ref, categories, settings, data, before, self.output)
+            for number, shard in enumerate(parts)
         ]
-        for num_pairs, bad in _gather("collect image searches", tasks, [s.num_rows for s in log.shards], "events"):
-            self.counts["interest pairs"] += num_pairs
+        for counts, bad in _gather(label, tasks, [shard.num_rows for shard in parts], "rows"):
+            self.counts.update(counts)
             self.rejects.append(bad)
 
-    def _write_own_impressions(self, own_shards: list[Any], decided: Any, with_behaviors: bool) -> list[pa.Table]:
+    def _write_own_impressions(
+        self, own_shards: list[Shard], decided: OwnSplit, with_behaviors: bool
+    ) -> list[pa.Table]:
         write = ray.remote(write_own_impressions)
         tasks = [
             write.remote(shard, number, decided, self.scenario.samples, self.output)
@@ -229,17 +232,6 @@ class _Build:
             write_parquet(f"{self.output}/behaviors/part-00000.parquet", behaviors, PAIR_GROUP)
             self.counts["users with behaviors"] = behaviors.num_rows
         return [part[0] for part in done]
-
-    def _write_own_pairs(self, pair_shards: list[Any], split: Split) -> None:
-        write = ray.remote(_write_own_pairs)
-        categories = ray.put(self.categories)
-        tasks = [
-            write.remote(shard, number, self.items_ref, categories, self.scenario, split.validation_start, self.output)
-            for number, shard in enumerate(pair_shards)
-        ]
-        for counts, bad in _gather("check interest pairs", tasks, [s.num_rows for s in pair_shards], "pairs"):
-            self.counts.update(counts)
-            self.rejects.append(bad)
 
     def rejects_written(self) -> dict[str, int]:
         return write_rejects(self.rejects_uri, STAGE, pa.concat_tables(self.rejects))
@@ -283,21 +275,6 @@ class _Build:
                 "samples.test_start inside the time of the log, or give it more events."
             )
         return StageResult(metrics=metrics, rows=_summary(self.counts, metrics), rejects=rejected)
-
-
-def _write_search_pairs(
-    shard: Any, number: int, items: Items, categories: pa.Array, scenario: Scenario, before: int, output: str
-) -> tuple[int, pa.Table]:
-    pairs, bad = search_pairs(shard, items, categories, scenario.samples, scenario.data, before)
-    if pairs.num_rows:
-        write_parquet(f"{output}/interest_pairs/part-{number:05d}.parquet", pairs.sort_by("timestamp"), PAIR_GROUP)
-    return pairs.num_rows, bad
-
-
-def _write_own_pairs(
-    shard: Any, number: int, items: Items, categories: pa.Array, scenario: Scenario, before: int, output: str
-) -> tuple[dict[str, int], pa.Table]:
-    return write_own_pairs(shard, number, items.index, categories, before, scenario.data, output)
 
 
 def _merge(rows: list[dict[str, Any]], names: tuple[str, str, str]) -> pa.Table:

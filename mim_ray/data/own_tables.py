@@ -1,4 +1,4 @@
-"""The user's own impressions and interest_pairs, which replace the built ones: checked, split, never thinned out."""
+"""The user's own impressions, which replace the built ones: checked, split, never thinned out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mim_ray.config.scenario import Data, Samples
+from mim_ray.config.scenario import Samples
 from mim_ray.data.event_log import (
     STAGE,
     UNKNOWN_TIME,
@@ -16,16 +16,13 @@ from mim_ray.data.event_log import (
     complete,
     is_blank,
     is_in,
-    signals,
     times_us,
 )
-from mim_ray.data.ids import IdIndex
 from mim_ray.data.rejects import reject_rows
-from mim_ray.data.schema import IMPRESSIONS, INTEREST_PAIRS, SPLITS
+from mim_ray.data.schema import IMPRESSIONS, SPLITS
 from mim_ray.data.sources import Shard
 from mim_ray.data.splits import Split, split_by_time
-from mim_ray.data.transforms import BadImage, check_image
-from mim_ray.data.user_parts import PAIR_GROUP, Tallies, write_impressions, write_parquet
+from mim_ray.data.user_parts import Tallies, write_impressions
 from mim_ray.errors import DataError
 
 
@@ -127,47 +124,6 @@ def write_own_impressions(
     newest = kept.select(["user_id", "timestamp", "behaviors"]).sort_by("timestamp")
     newest = newest.group_by("user_id", use_threads=False).aggregate([("timestamp", "last"), ("behaviors", "last")])
     return tallies.result(counts, []), newest, rejects
-
-
-def write_own_pairs(
-    shard: Shard, number: int, index: IdIndex, categories: pa.Array, before: int, data: Data, output: str
-) -> tuple[dict[str, int], pa.Table]:
-    """Write the user's pairs of one shard that happened before `before` (microseconds); returns counts and rejects."""
-    rows = shard.read()
-    item, times = index.rows(rows["item_id"]), times_us(rows["timestamp"])
-    query_item = index.rows(rows["query_item_id"])
-    rejects: list[tuple[str, str, str]] = []
-    keep = np.zeros(rows.num_rows, bool)
-    blank = is_blank(rows["user_id"])
-    untimed = _bad(times)
-    for row, image in enumerate(rows["query_image"].to_pylist()):
-        key = str(row + shard.first_row)
-        if item[row] < 0:
-            rejects.append((key, "unknown item", f"row of {shard.source}"))
-        elif untimed[row] or blank[row]:
-            rejects.append((key, "no user id" if blank[row] else "no usable timestamp", f"row of {shard.source}"))
-        elif image is None and query_item[row] < 0:
-            rejects.append((key, "no query image", "neither query_image nor a known query_item_id"))
-        else:
-            try:
-                if image is not None:
-                    check_image(image, data.max_image_bytes, data.max_image_pixels)
-                keep[row] = times[row] < before
-            except BadImage as error:
-                rejects.append((key, error.reason, f"query image: {error.detail}"))
-    columns = {name: rows[name] for name in INTEREST_PAIRS.schema.names}
-    given = pa.chunked_array([categories]).take(pa.array(np.maximum(item, 0)))
-    columns |= {
-        "category": pc.coalesce(rows["category"], given),
-        "signal": signals(pc.fill_null(rows["signal"], "purchase")),
-        "built": pc.fill_null(rows["built"], False),
-    }
-    pairs = complete(columns, rows.num_rows, INTEREST_PAIRS.schema).filter(pa.array(keep))
-    write_parquet(f"{output}/interest_pairs/part-{number:05d}.parquet", pairs, PAIR_GROUP)
-    late = rows.num_rows - len(rejects) - pairs.num_rows
-    return {"interest pairs": pairs.num_rows, "interest pairs after train": late}, reject_rows(
-        STAGE, "interest_pairs", rejects
-    )
 
 
 def _bad(times: np.ndarray) -> np.ndarray:

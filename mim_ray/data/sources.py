@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import deltalake
 import numpy as np
@@ -16,11 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
-import ray.data
 
 from mim_ray import artifacts
 from mim_ray.data.schema import TABLES, TIME, TableSchema
 from mim_ray.errors import DataError
+
+if TYPE_CHECKING:
+    import ray.data
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def read_table(root: str, name: str, columns: Sequence[str] | None = None) -> ra
     Raises:
         DataError: as validate_schema.
     """
+    import ray.data  # here, so that tasks which only read shards start faster
+
     table, uri = TABLES[name], require_table(root, name)
     dataset = open_dataset(uri, name)
     names = list(columns) if columns is not None else table.schema.names
