@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mim_ray.data.ids import Ids
 from mim_ray.representation_center.build import embedding_matrix
-from mim_ray.representation_center.key_index import Ids, KeyIndex, build_key_index, string_array
+from mim_ray.representation_center.key_index import KeyIndex, build_key_index, string_array
 from mim_ray.representation_center.snapshot import NO_TIME, Snapshot
 from mim_ray.representation_center.table import EmbeddingTable, current_row_numbers, times
 from mim_ray.representation_center.updates import WindowTail

@@ -18,8 +18,8 @@ import threading
 import numpy as np
 import pyarrow as pa
 
+from mim_ray.data.ids import Ids
 from mim_ray.errors import MimRayError
-from mim_ray.representation_center.key_index import Ids
 from mim_ray.representation_center.lookup import EmbeddingLookup
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot

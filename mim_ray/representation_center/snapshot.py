@@ -30,8 +30,9 @@ import numpy as np
 import pyarrow as pa
 
 from mim_ray import artifacts
+from mim_ray.data.ids import Ids
 from mim_ray.errors import ArtifactError
-from mim_ray.representation_center.key_index import Ids, KeyIndex, build_key_index
+from mim_ray.representation_center.key_index import KeyIndex, build_key_index
 
 FORMAT = 1
 DTYPES = {"float32": np.float32, "float16": np.float16}
