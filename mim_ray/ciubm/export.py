@@ -95,7 +95,7 @@ class Ranker:
             total += torch.sigmoid(network(gather_batch(batch, tables)).double()).numpy()
         return total / len(self.models)
 
-    def seed_predictor(self, index: int) -> Ranker:
+    def of_seed(self, index: int) -> Ranker:
         """The ranker with only the model of one seed."""
         return Ranker(self.info, self.items, self.users, [self.models[index]])
 

@@ -81,10 +81,11 @@ def similarity_histogram(relevance: Tensor, counted: Tensor, num_bins: int) -> T
     """
     position = (relevance.clamp(-1.0, 1.0) + 1.0) * (0.5 * (num_bins - 1))  # in [0, num_bins - 1]
     lower = position.floor().clamp_max(num_bins - 2)
-    upper_share = (position - lower) * counted
+    weight = counted.to(relevance.dtype)
+    upper_share = (position - lower) * weight
     counts = relevance.new_zeros(relevance.shape[0], num_bins)
     index = lower.long()
-    counts.scatter_add_(1, index, counted - upper_share)
+    counts.scatter_add_(1, index, weight - upper_share)
     counts.scatter_add_(1, index + 1, upper_share)
     return counts.log1p()
 

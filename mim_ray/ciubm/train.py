@@ -247,7 +247,7 @@ class _Trainer:
         learning_rate = self.settings.learning_rate * learning_rate_factor(step, total)
         logits = self.forward(gather_batch(batch, self.tables, train=True))
         loss = binary_cross_entropy_with_logits(logits, batch.label)
-        value = float(loss)
+        value = loss.item()
         if not np.isfinite(value):
             raise NonFiniteLossError(
                 f"{self.label}: the loss is {value} at step {step}. The optimizer did not move. Lower "
