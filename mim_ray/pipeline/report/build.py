@@ -156,7 +156,7 @@ def _curves(stage: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         return {f"C-SFT: {name}": points for name, points in metrics["losses"].items()}
     if stage.startswith("ctr/"):
         first = next(iter(metrics["seeds"].values()))
-        return {stage.removeprefix("ctr/"): first["losses"]}
+        return {stage.removeprefix("ctr/"): first["loss"]}
     return {}
 
 
