@@ -10,6 +10,7 @@ from mim_ray.ciubm import train as ctr_train
 from mim_ray.config import Scenario
 from mim_ray.csft import train as csft_train
 from mim_ray.data import events, synthetic
+from mim_ray.errors import ConfigError
 from mim_ray.extraction import run as extraction_run
 from mim_ray.pipeline.layout import Layout
 from mim_ray.pipeline.stages import Pipeline, Stage
@@ -22,7 +23,11 @@ STYLE_VERSION = "true-styles"
 
 def pipeline(scenario: Scenario) -> Pipeline:
     """The stages of a scenario, parents first: shop (when there is no data.root), samples, pretraining, csft, extraction,
-    a ctr/<variant> for each of ciubm.variants, evaluation."""
+    a ctr/<variant> for each of ciubm.variants, evaluation.
+
+    Raises:
+        ConfigError: the style oracle is asked for on the user's own data.
+    """
     synthetic_shop = scenario.data.root is None
     encoder_stage = "csft" if scenario.extraction.encoder == "csft" else "pretraining"
     stages = [Stage("shop", "Synthetic shop", ("synthetic",), (), _shop)] if synthetic_shop else []
@@ -48,6 +53,12 @@ def pipeline(scenario: Scenario) -> Pipeline:
     ]
     sources = {"base": ("samples",), "mim": ("samples", "extraction"), "style": ("shop", "samples")}
     variants = scenario.ciubm.variants
+    oracles = [variant for variant in variants if variant.endswith("-style")]
+    if oracles and not synthetic_shop:
+        raise ConfigError(
+            f"ciubm.variants holds {', '.join(oracles)}, but true styles are known of the synthetic shop only. "
+            "Leave them out, or leave data.root out."
+        )
     for variant in variants:
         parents = sources[variant.partition("-")[2]]
         stages.append(Stage(f"ctr/{variant}", f"CTR model {variant}", ("ciubm",), parents, _ctr(variant), resumes=True))

@@ -149,9 +149,7 @@ def _latencies(base: str, user: str, candidates: list[str]) -> list[float]:
 
 
 def _call(url: str, message: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(
-        url, json.dumps(message).encode(), {"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(url, json.dumps(message).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return dict(json.load(answer))
