@@ -24,7 +24,7 @@ def run_all(scenario: Scenario) -> dict[str, Any]:
     chain = full_pipeline(scenario)
     manifests = chain.run(list(chain.stages))
     spent = sum(manifest.seconds for manifest in manifests.values())
-    figures = build(scenario, chain.layout, manifests, max(spent, time.monotonic() - start))
+    figures = build(chain.scenario, chain.layout, manifests, max(spent, time.monotonic() - start))
     print("\n" + format_summary("Result", _rows(figures, chain.layout.root)))
     return figures
 
@@ -32,11 +32,11 @@ def run_all(scenario: Scenario) -> dict[str, Any]:
 def full_pipeline(scenario: Scenario) -> Pipeline:
     """All stages, serving included."""
     chain = pipeline(scenario)
-    with_content = [variant for variant in scenario.ciubm.variants if variant.endswith("-mim")]
+    with_content = [variant for variant in chain.scenario.ciubm.variants if variant.endswith("-mim")]
     if with_content:
         parents = ("extraction", *(f"ctr/{variant}" for variant in with_content))
         serving = Stage("serving", "Serving over HTTP", ("serving",), parents, live_check.run)
-        return Pipeline(scenario, [*chain.stages.values(), serving])
+        return Pipeline(chain.scenario, [*chain.stages.values(), serving])
     return chain
 
 

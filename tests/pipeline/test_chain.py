@@ -111,6 +111,9 @@ def test_a_folder_without_tables_is_refused_with_the_remedy(tmp_path: Path) -> N
         chain.plan(["samples"])
 
 
-def test_the_style_oracle_needs_the_synthetic_shop(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sim-style.*synthetic shop"):
+def test_models_on_true_styles_need_the_synthetic_shop(tmp_path: Path) -> None:
+    chain = pipeline(load_scenario("tiny", [f"data.root={tmp_path}"]))
+    assert "ctr/sim-mim" in chain.stages
+    assert "ctr/sim-style" not in chain.stages
+    with pytest.raises(ConfigError, match="true styles are known of the synthetic shop only"):
         pipeline(load_scenario("tiny", [f"data.root={tmp_path}", "ciubm.variants=[sim-style]"]))
