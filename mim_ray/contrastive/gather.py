@@ -21,7 +21,7 @@ def gather_with_grad(x: Tensor) -> Tensor:
     """
     if not _distributed():
         return x
-    gathered: Tensor = _Gather.apply(x)  # type: ignore[no-untyped-call]
+    gathered: Tensor = _Gather.apply(x)
     return gathered
 
 

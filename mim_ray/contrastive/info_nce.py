@@ -84,7 +84,7 @@ def info_nce_rows(
         past = candidates.new_empty((0, candidates.shape[1]))
     hidden = _Hidden.of(mask, valid, positive_index, len(candidates), len(past))
     tile = tile or max(256, _TILE_NUMBERS // max(1, len(queries)))
-    lse: Tensor = _LogSumExp.apply(queries, candidates, scale, past, hidden, tile)  # type: ignore[no-untyped-call]
+    lse: Tensor = _LogSumExp.apply(queries, candidates, scale, past, hidden, tile)
     positive = scale * (queries * candidates[positive_index]).sum(-1)
     return lse - positive
 

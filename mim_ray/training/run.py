@@ -28,12 +28,13 @@ from mim_ray.runtime.cluster import user_error, worker_threads
 COLLECTIVE_TIMEOUT_S = 120
 
 # Ray Train's controller asks its workers how they are every 2 s and sees their end no sooner; a short run would wait
-# for that. The other two cost start-up time: a working folder per run (our URIs are absolute) and Train's own gauges.
+# for that. A working folder per run (our URIs are absolute) and Train's own gauges cost start-up time.
 _TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # shows each printed line twice
 }
 
 
@@ -68,13 +69,12 @@ def run_workers(
     if workers.in_driver and workers.num_workers == 1 and not workers.use_gpu:
         before = torch.get_num_threads()
         try:
-            return _trainer(loop, config, workers, name, storage, threads, num_workers=0).fit().return_value
+            return _fit(_trainer(loop, config, workers, name, storage, threads, num_workers=0))
         finally:
             torch.set_num_threads(before)
     for attempt in range(workers.max_failures + 1):
         try:
-            trainer = _trainer(loop, config, workers, name, storage, threads, workers.num_workers)
-            return dict(trainer.fit().return_value)
+            return _fit(_trainer(loop, config, workers, name, storage, threads, workers.num_workers))
         except Exception as error:
             known = user_error(error)
             if known is not None:
@@ -103,6 +103,11 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def _fit(trainer: TorchTrainer) -> dict[str, Any]:
+    result: Any = trainer.fit()
+    return dict(result.return_value)
+
+
 def _trainer(
     loop: Callable[[dict[str, Any]], None],
     config: Mapping[str, Any],
@@ -115,12 +120,13 @@ def _trainer(
     resources: dict[str, float] = {"CPU": workers.cpus_per_worker}
     if workers.use_gpu:
         resources["GPU"] = 1
+    run_config: Any = RunConfig  # ray.train gives Train v2's class; its annotations still name the old one
     return _Trainer(
-        _on_worker(loop, threads),
+        _on_worker(loop, threads),  # type: ignore[arg-type]
         train_loop_config=dict(config),
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=workers.use_gpu, resources_per_worker=resources),
-        run_config=RunConfig(
+        run_config=run_config(
             name=name,
             storage_path=str(local_path(storage) or storage),
             failure_config=FailureConfig(max_failures=workers.max_failures),
@@ -135,7 +141,7 @@ class _Trainer(TorchTrainer):
     the actor complains once a second about the missing dashboard. Should this method of Ray go away, so does the change."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks: list[Any] = super()._create_default_callbacks()
+        callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
         if _is_one_machine():
             callbacks = [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
         return callbacks
