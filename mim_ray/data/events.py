@@ -8,7 +8,7 @@
     samples.json         the splits' times, counts, share of positives by age bucket, what everything was made from
 
 The log is read in fixed shards (event_log.py checks them side by side); Ray Data brings the events of each user together
-by a hash shuffle; user_parts.py makes the samples of one part of the users. The driver holds the item ids with 40 bytes
+by a shuffle; user_parts.py makes the samples of one part of the users. The driver holds the item ids with 40 bytes
 an item, and where negatives are drawn 16 bytes a positive event; never the log.
 """
 
@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data.context import ShuffleStrategy
 
 from mim_ray import artifacts
 from mim_ray.config import Scenario
@@ -187,6 +188,8 @@ class _Build:
         job_ref = ray.put(job)
         write: Callable[[pa.Table], pa.Table] = lambda rows: write_part_of_users(rows, ray.get(job_ref))  # noqa: E731
         events = ray.data.from_arrow_refs(log.events)
+        # By tasks that reuse warm workers. The default starts an actor per partition: seconds each, for little to move.
+        events.context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
         parts = events.groupby("part", num_partitions=log.num_parts).map_groups(write, batch_format="pyarrow")
         results = []
         with Progress("make samples", total=log.num_parts, unit="parts of the users") as progress:
