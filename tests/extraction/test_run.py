@@ -1,0 +1,222 @@
+"""mim_ray/extraction/run.py: the whole job on Ray, also killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mim_ray.config import load_scenario
+from mim_ray.config.scenario import Extraction
+from mim_ray.data.rejects import read_rejects
+from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
+from mim_ray.encoders.tokenizer import train_tokenizer
+from mim_ray.errors import ArtifactError
+from mim_ray.extraction.read import Decoding
+from mim_ray.extraction.run import Extracted, extract, run
+from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.representation_center.table import EmbeddingTable
+
+SETTINGS = Extraction(shard_rows=50, batch_size=25, commit_every_s=0.1)
+DECODING = Decoding(8, "squash", 100_000, 10_000, 40)
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def fill(items: str, folder: Path, load: Any, settings: Extraction = SETTINGS) -> tuple[EmbeddingTable, Extracted]:
+    table = EmbeddingTable(f"{folder}/table").create()
+    done = extract(
+        items,
+        table,
+        encoder="stand-in",
+        encoder_version="v1",
+        decoding=DECODING,
+        settings=settings,
+        rejects=f"{folder}/rejects",
+        load=load,
+    )
+    return table, done
+
+
+def log(table: EmbeddingTable) -> pa.Table:
+    """Every row of the table, sorted."""
+    _, files, schema = table.scan("v1")
+    return pa.concat_tables([file.to_table(schema=schema) for file in files]).sort_by("item_id")
+
+
+def assert_same_log(found: pa.Table, expected: pa.Table) -> None:
+    for name in ("item_id", "content_hash", "encoder_version", "content_at", "shard_id", "category"):
+        assert found[name].to_pylist() == expected[name].to_pylist(), name
+    np.testing.assert_allclose(
+        np.array(found["embedding"].to_pylist()), np.array(expected["embedding"].to_pylist()), atol=1e-5
+    )
+
+
+BAD = {
+    "image": {3: b"broken", 4: None, 160: None},
+    "title": {3: None, 5: None, 160: None},
+    "item_id": {7: "item-6", 8: None, 299: "item-0"},
+}
+
+
+@pytest.fixture
+def items(tmp_path: Path, make_items: Callable[..., str]) -> str:
+    return make_items(tmp_path / "data", num=300, row_group_rows=80, **BAD)
+
+
+def test_every_usable_item_is_in_the_table_once_and_a_second_run_does_nothing(
+    items: str, tmp_path: Path, stand_in: Callable[..., Any]
+) -> None:
+    table, done = fill(items, tmp_path / "a", stand_in())
+    expected = sorted(f"item-{number}" for number in range(300) if number not in (3, 7, 8, 160, 299))
+    assert log(table)["item_id"].to_pylist() == expected
+    assert (done.num_rows, done.num_rows_done, done.num_shards_found) == (300, 300, 0)
+    reasons = sorted((row["key"], row["reason"]) for row in done.rejects.to_pylist())
+    assert reasons == [
+        ("item-0", "duplicate item id"),
+        ("item-160", "no content"),
+        ("item-3", "image format"),
+        ("item-3", "no content"),
+        ("item-6", "duplicate item id"),
+        ("row 8", "no item id"),
+    ]
+    version = table.version
+    _, again = fill(items, tmp_path / "a", stand_in())
+    assert (again.num_rows_done, again.num_shards_found, table.version) == (0, done.num_shards, version)
+    assert again.rejects.num_rows == done.rejects.num_rows
+
+
+KILLED_JOB = """
+import sys, time
+import numpy as np
+from mim_ray.config.scenario import Extraction, Run
+from mim_ray.extraction.read import Decoding
+from mim_ray.extraction.run import extract
+from mim_ray.representation_center.table import EmbeddingTable
+from mim_ray.runtime.cluster import cluster
+
+def load(uri, use_gpu):
+    def encode(titles, images, has_image):
+        time.sleep(0.5)
+        rows = [[len(t or ""), sum((t or "").encode()) % 97, i.mean(), float(h)] for t, i, h in zip(titles, images, has_image)]
+        vectors = np.array(rows, np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return encode
+
+items, folder = sys.argv[1:]
+with cluster(Run(num_cpus=2, object_store_mb=100)):
+    extract(items, EmbeddingTable(f"{folder}/table").create(), encoder="stand-in", encoder_version="v1",
+            decoding=Decoding(8, "squash", 100_000, 10_000, 40),
+            settings=Extraction(shard_rows=50, batch_size=25, commit_every_s=0.1), rejects=f"{folder}/rejects", load=load)
+print("finished")
+"""
+
+
+@pytest.mark.slow
+def test_a_job_killed_in_the_middle_and_started_again_equals_an_undisturbed_one(
+    items: str, tmp_path: Path, stand_in: Callable[..., Any]
+) -> None:
+    table = EmbeddingTable(f"{tmp_path}/killed/table").create()
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED_JOB, items, f"{tmp_path}/killed"], stdout=file, stderr=subprocess.STDOUT
+        )
+    deadline = time.monotonic() + 120
+    while len(table.committed_shards("v1")) < 2:
+        assert process.poll() is None, output.read_text()
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    time.sleep(1)  # workers that outlive the job for a moment write files, but only the job commits
+    before = table.committed_shards("v1")
+    version = table.version
+    undisturbed, whole = fill(items, tmp_path / "undisturbed", stand_in())
+    assert 0 < len(before) < whole.num_shards, "the kill came too early or too late"
+    assert "finished" not in output.read_text()
+
+    _, rest = fill(items, tmp_path / "killed", stand_in())
+    assert rest.num_shards_found == len(before)
+    assert rest.num_rows_done < whole.num_rows
+    rows = log(table)
+    assert_same_log(rows, log(undisturbed))
+    kept = {row["shard_id"] for row in rows.to_pylist() if row["commit_version"] <= version}
+    assert kept == before  # what was committed before the kill was not made again
+    assert sorted(rest.rejects.to_pylist(), key=str) == sorted(whole.rejects.to_pylist(), key=str)
+
+
+def test_an_encoder_killed_in_the_middle_changes_nothing(
+    items: str, tmp_path: Path, stand_in: Callable[..., Any]
+) -> None:
+    marker = str(tmp_path / "killed-once")
+    table, _ = fill(items, tmp_path / "a", stand_in(marker=marker))
+    assert os.path.exists(marker)
+    undisturbed, _ = fill(items, tmp_path / "b", stand_in())
+    assert_same_log(log(table), log(undisturbed))
+
+
+def test_actors_that_ask_for_a_gpu_are_given_one(tmp_path: Path, make_items: Callable[..., str], stand_in: Any) -> None:
+    uri = make_items(tmp_path / "data", num=60)
+    settings = SETTINGS.model_copy(update={"gpus_per_actor": 1.0})
+    table, _ = fill(uri, tmp_path / "a", stand_in(need_gpu=True), settings)
+    assert log(table).num_rows == 60
+
+
+def test_blocks_of_any_size_give_the_same_shards(items: str, tmp_path: Path, stand_in: Callable[..., Any]) -> None:
+    odd, _ = fill(items, tmp_path / "a", stand_in(), SETTINGS.model_copy(update={"batch_size": 7, "num_actors": 2}))
+    plain, _ = fill(items, tmp_path / "b", stand_in(), SETTINGS.model_copy(update={"batch_size": 1_000}))
+    assert_same_log(log(odd), log(plain))
+
+
+def test_the_stage_fills_table_rejects_and_snapshot_with_a_real_encoder(
+    tmp_path: Path, make_items: Callable[..., str]
+) -> None:
+    scenario = load_scenario("tiny")
+    uri = make_items(tmp_path / "data", num=40, image={3: b"broken", 4: None}, title={3: None, 5: None})
+    titles = [f"title number {number}" for number in range(40)]
+    tokenizer = train_tokenizer(titles, scenario.encoders.text.vocabulary_size)
+    encoder = ItemEncoder.build(scenario.encoders, tokenizer, seed=0)
+    version = encoder.save(f"{tmp_path}/encoder", stage="csft")
+    result = run(
+        scenario,
+        data_root=str(tmp_path / "data"),
+        samples="unused",
+        encoder=f"{tmp_path}/encoder",
+        output=f"{tmp_path}/extraction",
+        center=f"{tmp_path}/center",
+        rejects=f"{tmp_path}/rejects",
+    )
+    assert result.rejects == {"image format": 1, "no content": 1}
+    assert read_rejects(f"{tmp_path}/rejects", "extraction").num_rows == 2
+    snapshot = Snapshot.open(result.metrics["snapshot"])
+    assert result.metrics["snapshot"] == f"{tmp_path}/center/snapshots/{version}"
+    assert (snapshot.encoder_version, snapshot.num_rows, snapshot.width) == (version, 39, scenario.encoders.width)
+    rows = snapshot.lookup([f"item-{number}" for number in range(40)])
+    assert rows[3] == -1
+    found = snapshot.gather(rows)
+    size = scenario.encoders.vision.image_size
+    image = np.zeros((1, 3, size, size), np.uint8)
+    expected = encode_batch(encoder, [titles[4]], image, np.array([False]))
+    np.testing.assert_allclose(found[4], expected[0], atol=1e-5)  # a title alone gets an embedding
+    np.testing.assert_allclose(np.linalg.norm(np.delete(found, 3, axis=0), axis=1), 1, atol=1e-5)
+    assert uri.endswith("items.parquet")
+
+
+def test_an_encoder_that_cannot_be_loaded_is_a_sentence(tmp_path: Path, make_items: Callable[..., str]) -> None:
+    def load(uri: str, use_gpu: bool) -> Any:
+        from mim_ray.errors import ArtifactError
+
+        raise ArtifactError("weights are damaged, run the stage again")
+
+    with pytest.raises(ArtifactError, match=r"^weights are damaged"):
+        fill(make_items(tmp_path / "data", num=20), tmp_path / "a", load)
