@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
-import ray
 from pydantic import BaseModel, ConfigDict
 
 from mim_ray import artifacts
@@ -82,10 +82,10 @@ def _variant(scenario: Scenario) -> str:
 
 def _root(scenario: Scenario) -> str:
     given = scenario.run.root
-    on_a_node = ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
-    if on_a_node and (given is None or ("://" not in given and not given.startswith(("/", "~")))):
+    relative = given is None or ("://" not in given and not given.startswith(("/", "~")))
+    if relative and "working_dir_files" in Path.cwd().parts:
         raise ConfigError(
-            f"run.root = {given} is relative, and this app is built on a node of the cluster, not in your folder. Give an "
-            "absolute path or a URI that every node reaches, as run.root in the app's args."
+            f"run.root = {given} is relative, but this app is built in an uploaded copy of your folder. Give an absolute "
+            "path or a URI that every node reaches, as run.root in the app's args."
         )
     return artifacts.run_root(scenario)

@@ -49,6 +49,10 @@ class Head:
             timeout=timeout,
         )
 
+    @staticmethod
+    def free_port() -> int:
+        return _free_ports(1)[0]
+
     def submit(self, *entrypoint: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . -- ENTRYPOINT`"""
         address = ("--address", self.dashboard)
@@ -80,7 +84,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             *("--dashboard-agent-listen-port", str(agent), "--temp-dir", str(folder / "ray")),
             *("--num-cpus", "3", "--object-store-memory", str(200 * 2**20)),
         ],
-        cwd=folder,
+        cwd=checkout,
         env=env,
         stdout=log,
         stderr=subprocess.STDOUT,

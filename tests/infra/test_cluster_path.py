@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Callable
+
 import pytest
+import requests
+import yaml
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -36,15 +42,6 @@ def test_the_upload_is_small_and_leaves_environment_and_runs_behind(head):
     assert f"from {uploaded.resolve()}" in answer.stdout, "the job must run the uploaded code"
 
 
-def test_a_submitted_job_runs_csft_and_what_it_needs(head):
-    root = head.folder / "run"
-    answer = head.submit("python", "jobs/csft.py", "--config", "tiny", f"run.root={root}", *TINIEST)
-    assert answer.returncode == 0, answer.stdout[-6000:]
-    assert "C-SFT" in answer.stdout
-    assert (root / "csft" / "encoder" / "encoder.json").is_file()
-    assert (root / "csft" / "artifact.json").is_file()
-
-
 def test_a_submitted_job_refuses_a_relative_root_in_a_sentence(head):
     for setting in ("run.root=runs/here", "data.root=data"):
         answer = head.submit("python", "jobs/csft.py", "--config", "tiny", setting)
@@ -52,3 +49,87 @@ def test_a_submitted_job_refuses_a_relative_root_in_a_sentence(head):
         path = setting.partition("=")[2]
         assert f"ConfigError: {path} is a relative path, but a submitted job runs in an uploaded copy" in answer.stdout
         assert "Traceback" not in answer.stdout
+
+
+@pytest.fixture(scope="module")
+def run(head):
+    """The root of a run whose stages up to C-SFT were made by a submitted job."""
+    root = head.folder / "run"
+    answer = head.submit("python", "jobs/csft.py", "--config", "tiny", f"run.root={root}", *TINIEST)
+    assert answer.returncode == 0, answer.stdout[-6000:]
+    return root
+
+
+def test_a_submitted_job_runs_csft_and_what_it_needs(run):
+    for stage in ("shop", "samples", "pretraining", "csft"):
+        assert (run / stage / "artifact.json").is_file(), stage
+    assert (run / "csft" / "encoder" / "encoder.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def finished_run(head, run):
+    """The same root, with embeddings and a CTR model."""
+    settings = (f"run.root={run}", *TINIEST, "ciubm.variants=[din-mim]")
+    answer = head.submit("python", "jobs/train_ciubm.py", "--config", "tiny", *settings)
+    assert answer.returncode == 0, answer.stdout[-6000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def url(head):
+    """Serve without apps yet, on a port of its own (`serve run` alone takes 8000)."""
+    port = str(head.free_port())
+    answer = head.run("serve", "start", "--address", head.address, "--http-host", "127.0.0.1", "--http-port", port)
+    assert answer.returncode == 0, answer.stdout
+    return f"http://127.0.0.1:{port}"
+
+
+def test_serve_run_serves_what_submitted_jobs_made(head, finished_run, url):
+    arguments = ("config=tiny", f"run.root={finished_run}", "ciubm.variants=[din-mim]")
+    command = ("serve", "run", "--non-blocking", "--address", head.address, "serve.ranking:app", *arguments)
+    answer = head.run(*command)
+    assert answer.returncode == 0, answer.stdout[-6000:]
+    ranked = requests.post(f"{url}/v1/rank", json={"user_id": "nobody", "candidates": ["a", "b"]}, timeout=30)
+    assert ranked.status_code == 200, ranked.text
+    assert ranked.json()["model_version"].startswith("din-mim-")
+    assert len(ranked.json()["items"]) == 2
+
+
+def test_serve_deploy_of_the_configuration_file_serves_both_apps(head, finished_run, url):
+    config = yaml.safe_load((head.checkout / "serve" / "app.yaml").read_text())
+    config["http_options"]["port"] = int(url.rpartition(":")[2])
+    for app in config["applications"]:
+        app["args"] |= {"run.root": str(finished_run), "ciubm.variants": ["din-mim"]}
+    (head.checkout / "here.yaml").write_text(yaml.safe_dump(config))
+    answer = head.run("serve", "deploy", "--address", head.dashboard, "here.yaml")
+    assert answer.returncode == 0, answer.stdout[-6000:]
+    for path in ("/readyz", "/v1/items/readyz"):
+        wait_for(f"{url}{path}", lambda: head.run("serve", "status", "--address", head.dashboard).stdout)
+    posted = requests.post(f"{url}/v1/items", json={"item_id": "new", "title": "a mug"}, timeout=30)
+    assert posted.json()["items"][0]["rankable"], posted.text
+    ranked = requests.post(f"{url}/v1/rank", json={"user_id": "nobody", "candidates": ["new"]}, timeout=30)
+    assert ranked.json()["items"][0]["unknown_item"]
+
+
+def wait_for(address: str, status: Callable[[], str], patience_s: float = 240) -> None:
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(requests.RequestException):
+            if requests.get(address, timeout=10).status_code == 200:
+                return
+        time.sleep(0.5)
+    raise AssertionError(f"{address} does not answer: {status()[-4000:]}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("confg=tiny", "ConfigError: confg is not a setting"),
+        ("run.root=/nowhere/at/all", "ArtifactError: /nowhere/at/all/extraction holds no finished extraction"),
+    ],
+)
+def test_serve_run_tells_a_mistake_in_a_sentence(head, argument, sentence):
+    answer = head.run("serve", "run", "--non-blocking", "--address", head.address, "serve.ranking:app", argument)
+    assert answer.returncode != 0
+    assert sentence in answer.stdout
+    assert "Traceback" not in answer.stdout

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import ray
 import requests
 from deltalake import DeltaTable
 
@@ -19,10 +20,8 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def url(ray_cluster, shared_run) -> Iterator[str]:
-    start = time.monotonic()
-    base_url = local.start(shared_run.scenario)
-    print(f"Serve was ready after {time.monotonic() - start:.1f} s")
-    yield base_url
+    serving = shared_run.scenario.serving.model_copy(update={"gpus_per_replica": 0.5})
+    yield local.start(shared_run.scenario.model_copy(update={"serving": serving}))
     local.stop()
 
 
@@ -61,6 +60,11 @@ def test_new_items_are_folded_into_the_delta_table_once(url, shared_run):
     rows = DeltaTable(f"{shared_run.root}/center/table").to_pyarrow_table(columns=["item_id", "origin"]).to_pylist()
     assert [row["origin"] for row in rows if row["item_id"].startswith("folded-")] == ["realtime"] * 3
     assert all(not item["no_content"] for item in rank(url, "folded-0", "folded-1", "folded-2")["items"])
+
+
+def test_the_encoder_replica_gets_the_share_of_a_gpu_that_it_asks_for(url):
+    assert ray.cluster_resources()["GPU"] == 1, "the session's Ray pretends to have one"
+    assert ray.available_resources()["GPU"] == 0.5
 
 
 def test_bad_requests_get_a_sentence_over_http(url):
