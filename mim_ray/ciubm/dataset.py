@@ -83,8 +83,8 @@ class ImpressionEncoder:
         targets = _array(table["item_id"]).cast(pa.large_string())
         start, length, values = _lists(table["behaviors"], self.max_behaviors)
         met = pa.concat_arrays([targets, values.cast(pa.large_string())]).dictionary_encode()
-        position = self.items.vocabulary.encode(met.dictionary.cast(pa.large_string()))  # (U,)
-        place = met.indices.fill_null(0).to_numpy().astype(np.int64)
+        position = np.append(self.items.vocabulary.encode(met.dictionary), 0)  # (U,), the last is for null ids
+        place = np.asarray(met.indices.fill_null(len(position) - 1)).astype(np.int64)
         longest = max(int(length.max(initial=0)), 1)
         mask = np.arange(longest) < length[:, None]  # (B, L)
         behaviors = np.zeros((size, longest), np.int64)
@@ -112,7 +112,8 @@ class ImpressionEncoder:
 
     def _users(self, table: pa.Table) -> np.ndarray:
         met = _array(table["user_id"]).dictionary_encode()
-        return self.users.encode(met.dictionary.cast(pa.large_string()))[met.indices.fill_null(0).to_numpy()]
+        rows = np.append(self.users.encode(met.dictionary), 0)  # the last is for null ids
+        return rows[np.asarray(met.indices.fill_null(len(rows) - 1))]
 
 
 def gather_batch(batch: IndexedBatch, tables: IdTables, *, train: bool = False) -> EmbeddedBatch:

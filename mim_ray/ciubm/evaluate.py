@@ -32,6 +32,7 @@ from mim_ray.evaluation.compare import Comparison
 from mim_ray.evaluation.metrics import auc
 from mim_ray.evaluation.slices import NUM_BUCKETS, age_buckets, created_buckets
 from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.runtime.cluster import worker_threads
 from mim_ray.runtime.progress import Progress
 from mim_ray.runtime.summary import StageResult
 
@@ -58,6 +59,7 @@ def run(
         DataError: there are no test rows.
         VersionMismatchError: a model was trained on another encoder version than its snapshot holds.
     """
+    torch.set_num_threads(worker_threads(scenario.ciubm))
     catalogue = Catalogue.open(f"{samples}/catalogue")
     test = _read_test(f"{samples}/impressions/test", catalogue)
     scores: dict[str, np.ndarray] = {}

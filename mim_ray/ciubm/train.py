@@ -1,7 +1,7 @@
 """Train one CTR model (paper Section 3.4): base or +MIM around one user behavior model, one network per seed.
 
-P workers, each with its part of every epoch (data.batches.RowBatches); the network's gradients are averaged by DDP, the
-met table rows' by the tables. The epoch with the best validation AUC is kept; test rows are never read here. What a
+P workers, each with its part of every epoch (data.batches.RowBatches); the network's gradients are averaged over
+workers, the met table rows' by the tables. The epoch with the best validation AUC is kept; test rows are never read here. What a
 finished seed left is not done again after a restart.
 """
 
@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.nn.parallel import DistributedDataParallel
 
 from mim_ray import artifacts
 from mim_ray.ciubm.dataset import COLUMNS, Content, ImpressionEncoder, IndexedBatch, gather_batch
@@ -30,11 +29,12 @@ from mim_ray.config import Scenario
 from mim_ray.config.scenario import Ciubm
 from mim_ray.data.batches import RowBatches, ordered_batches, prefetch
 from mim_ray.data.catalogue import Catalogue
-from mim_ray.errors import ArtifactError, NonFiniteLossError
+from mim_ray.errors import ArtifactError
 from mim_ray.evaluation.metrics import auc, log_loss
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.runtime.progress import Progress
 from mim_ray.runtime.summary import StageResult
+from mim_ray.training.optim import average_gradients, check_finite
 from mim_ray.training.run import rank, report, run_workers, world_size
 
 _CURVE_POINTS = 100
@@ -57,6 +57,10 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
         raise ArtifactError(f"{variant} needs embeddings. Run jobs/extract.py first, or train {backbone}-base.")
     opened = None if content == "base" or snapshot is None else Snapshot.open(snapshot)
     items, users, positive_ratio = build_vocabulary(samples, settings, f"{output}/vocabulary")
+    if opened is not None and not (Content(opened, items).rows >= 0).any():
+        raise ArtifactError(
+            f"{snapshot} holds no embedding of any item of the catalogue. Run jobs/extract.py again on these samples."
+        )
     network = network_config(settings, backbone, None if opened is None else opened.width)
     config = {
         "settings": settings.model_dump(mode="json"),
@@ -151,7 +155,7 @@ def train_loop(config: dict[str, Any]) -> None:
     settings = Ciubm.model_validate(config["settings"])
     items = ItemIndex.load(f"{config['output']}/vocabulary")
     users = Vocabulary.load(f"{config['output']}/vocabulary/users.arrow")
-    content = None if config["snapshot"] is None else Content(Snapshot.open(config["snapshot"]), items)
+    content = None if config["snapshot"] is None else Content(Snapshot.open(config["snapshot"], verify=False), items)
     encoder = ImpressionEncoder(items, users, content, settings.max_behaviors)
     for seed in settings.seeds:
         folder = f"{config['output']}/seed-{seed}"
@@ -186,7 +190,6 @@ class _Trainer:
         if settings.use_user_id:
             num_rows["user"] = len(encoder.users) + 1
         self.tables = IdTables.create(num_rows, settings.id_dim, seed=seed)
-        self.forward = DistributedDataParallel(self.network) if world_size() > 1 else self.network
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=settings.learning_rate)
 
     def fit(self) -> dict[str, Any]:
@@ -245,16 +248,12 @@ class _Trainer:
         assert batch.label is not None
         self.network.train()
         learning_rate = self.settings.learning_rate * learning_rate_factor(step, total)
-        logits = self.forward(gather_batch(batch, self.tables, train=True))
+        logits = self.network(gather_batch(batch, self.tables, train=True))
         loss = binary_cross_entropy_with_logits(logits, batch.label)
-        value = loss.item()
-        if not np.isfinite(value):
-            raise NonFiniteLossError(
-                f"{self.label}: the loss is {value} at step {step}. The optimizer did not move. Lower "
-                f"ciubm.learning_rate (now {self.settings.learning_rate}), or look for wrong values in the input."
-            )
+        value = check_finite(loss.detach(), step, f"loss of {self.label}")
         self.optimizer.zero_grad()
         loss.backward()
+        average_gradients(self.network.parameters())
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()

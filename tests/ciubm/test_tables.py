@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
 from mim_ray.ciubm.tables import EmbeddingTable, IdTables
 
 
-def test_equals_sparse_adam() -> None:
-    table = EmbeddingTable(7, 3, generator=torch.Generator().manual_seed(0))
-    reference = torch.nn.Embedding(7, 3, sparse=True)
-    reference.weight.data.copy_(table.weight)
-    optimizer = torch.optim.SparseAdam(list(reference.parameters()), lr=0.1)
-    generator = torch.Generator().manual_seed(1)
-    for ids in ([1, 2, 2, 5], [2, 3], [1, 1, 6, 0]):
-        index = torch.tensor(ids)
-        factor = torch.randn(len(ids), 3, generator=generator)
-        optimizer.zero_grad()
-        ((reference(index) * factor).sum() ** 2).backward()
-        optimizer.step()
-        ((table.embed(index, train=True) * factor).sum() ** 2).backward()
-        table.step(0.1)
-        assert torch.allclose(table.weight, reference.weight, atol=1e-6)
+def test_equals_lazy_adam_written_out() -> None:
+    """Rows met: moments decay and the row moves (torch.optim.SparseAdam's semantics); t counts all steps."""
+    rate, first, second, eps = 0.1, 0.9, 0.999, 1e-8
+    table = EmbeddingTable(4, 2, generator=torch.Generator().manual_seed(0))
+    weight = table.weight.tolist()
+    mean, square = [[0.0, 0.0] for _ in range(4)], [[0.0, 0.0] for _ in range(4)]
+    batches = [
+        ([1, 2, 2], [[1.0, -2.0], [0.5, 0.25], [0.5, 1.0]]),
+        ([2], [[-3.0, 0.1]]),
+        ([0, 1], [[1.0, 1.0], [2.0, 0.0]]),
+    ]
+    for t, (ids, factors) in enumerate(batches, start=1):
+        (table.embed(torch.tensor(ids), train=True) * torch.tensor(factors)).sum().backward()
+        table.step(rate)
+        for row in set(ids):
+            for k in range(2):
+                gradient = sum(factor[k] for i, factor in zip(ids, factors, strict=True) if i == row)
+                mean[row][k] = first * mean[row][k] + (1 - first) * gradient
+                square[row][k] = second * square[row][k] + (1 - second) * gradient**2
+                unbiased = mean[row][k] / (1 - first**t)
+                weight[row][k] -= rate * unbiased / (math.sqrt(square[row][k] / (1 - second**t)) + eps)
+        for row in range(4):
+            assert table.weight[row].tolist() == pytest.approx(weight[row], abs=1e-4)
 
 
 def test_rows_not_met_stay() -> None:

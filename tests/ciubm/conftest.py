@@ -1,0 +1,86 @@
+"""A small set of samples whose clicks depend on content and on popularity, and a snapshot of that content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mim_ray.data.catalogue import write_catalogue
+from mim_ray.data.schema import TIME
+from mim_ray.representation_center.snapshot import write_snapshot
+
+NUM_ITEMS, NUM_USERS, WIDTH = 60, 40, 8
+START_US = 1_700_000_000_000_000
+
+
+@dataclass(frozen=True)
+class SmallShop:
+    """URIs of samples, snapshot and truth."""
+
+    samples: str
+    snapshot: str
+    truth: str
+
+
+@pytest.fixture(scope="session")
+def small_shop(tmp_path_factory: pytest.TempPathFactory) -> SmallShop:
+    """3,000 train, 500 validation and 800 test rows; items 50.. are in no train row, item 59 has no content."""
+    root: Path = tmp_path_factory.mktemp("small_shop")
+    generator = np.random.default_rng(0)
+    level = generator.integers(0, WIDTH, NUM_ITEMS)
+    likes = generator.random((NUM_USERS, WIDTH)) < 0.3
+    popular = generator.normal(size=NUM_ITEMS)
+    ids = [f"item-{number}" for number in range(NUM_ITEMS)]
+    sizes = {"train": 3_000, "validation": 500, "test": 800}
+    history: dict[int, list[str]] = {user: [] for user in range(NUM_USERS)}
+    first: dict[str, list[int]] = {}
+    time, probs, names = START_US, [], []
+    for split, size in sizes.items():
+        rows = []
+        for number in range(size):
+            time += 1_000_000
+            user = int(generator.integers(0, NUM_USERS - (1 if split == "train" else 0)))
+            item = int(generator.integers(0, 50 if split == "train" else NUM_ITEMS))
+            prob = 1 / (1 + np.exp(-(3.0 * likes[user, level[item]] + 0.7 * popular[item] - 2.0)))
+            label = int(generator.random() < prob)
+            name = f"{split}-{number}"
+            rows.append((name, f"user-{user}", time, ids[item], label, list(history[user][-12:])))
+            if label:
+                history[user].append(ids[item])
+                if split == "train":
+                    first.setdefault(ids[item], [time, 0])[1] += 1
+            names.append(name)
+            probs.append(prob)
+        columns = list(zip(*rows, strict=True))
+        table = pa.table(
+            {
+                "impression_id": pa.array(columns[0]),
+                "user_id": pa.array(columns[1]),
+                "timestamp": pa.array(columns[2], TIME),
+                "item_id": pa.array(columns[3]),
+                "label": pa.array(columns[4], pa.int8()),
+                "behaviors": pa.array(columns[5], pa.list_(pa.string())),
+            }
+        )
+        folder = root / "samples" / "impressions" / split
+        folder.mkdir(parents=True)
+        pq.write_table(table, folder / "part-00000.parquet", row_group_size=700)
+    category = [f"category-{number % 5}" for number in range(NUM_ITEMS)]
+    created = pa.array([START_US + number for number in range(NUM_ITEMS)], TIME)
+    items = pa.table({"item_id": ids, "title": ids, "categories": category, "created_at": created})
+    write_catalogue(f"{root}/samples/catalogue", [items])
+    positives = {
+        "item_id": list(first),
+        "first_positive_at": pa.array([time for time, _ in first.values()], TIME),
+        "num_train_positives": [count for _, count in first.values()],
+    }
+    pq.write_table(pa.table(positives), root / "samples" / "first_positive.parquet")
+    pq.write_table(pa.table({"impression_id": names, "prob": probs}), root / "truth.parquet")
+    matrix = np.eye(WIDTH, dtype=np.float32)[level]
+    write_snapshot(f"{root}/snapshot", ids[:-1], matrix[:-1], encoder_version="test-1")
+    return SmallShop(f"{root}/samples", f"{root}/snapshot", f"{root}/truth.parquet")

@@ -1,0 +1,87 @@
+"""The CTR network: what reaches it, and what does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mim_ray.ciubm.model import CtrNetwork, EmbeddedBatch, NetworkConfig
+
+CONFIG = NetworkConfig("sim", id_width=8, user_width=4, content_width=6, num_histogram_bins=5, hidden=(16,))
+
+
+@pytest.fixture
+def batch() -> EmbeddedBatch:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    mask = torch.arange(5) < torch.tensor([5, 2, 0]).unsqueeze(1)
+    return EmbeddedBatch(draw(3, 8), draw(3, 5, 8), mask, mask, draw(3, 4), draw(3, 6), draw(3, 5, 6))
+
+
+def _network(config: NetworkConfig) -> CtrNetwork:
+    torch.manual_seed(0)
+    return CtrNetwork(config).eval()
+
+
+@pytest.mark.parametrize("backbone", ["sim", "din", "average"])
+def test_padding_changes_no_logit(backbone: str, batch: EmbeddedBatch) -> None:
+    network = _network(replace(CONFIG, backbone=backbone))
+    pad = torch.zeros(3, 4, dtype=torch.bool)
+    longer = batch._replace(
+        behaviors=torch.cat([batch.behaviors, torch.full((3, 4, 8), 5.0)], 1),
+        behavior_mask=torch.cat([batch.behavior_mask, pad], 1),
+        same_category=torch.cat([batch.same_category, ~pad], 1),
+        behavior_mm=torch.cat([batch.behavior_mm, torch.full((3, 4, 6), 5.0)], 1),  # type: ignore[list-item]
+    )
+    assert torch.allclose(network(batch), network(longer), atol=1e-5)
+    assert torch.isfinite(network(batch)).all()
+
+
+def test_the_base_model_sees_no_content(batch: EmbeddedBatch) -> None:
+    network = _network(replace(CONFIG, content_width=None))
+    without = batch._replace(target_mm=None, behavior_mm=None)
+    assert torch.equal(network(batch), network(without))
+
+
+def test_with_content_modules_off_no_content_reaches_the_network(batch: EmbeddedBatch) -> None:
+    config = replace(CONFIG, content_module=False, fusion_module=False, num_histogram_bins=0)
+    network = _network(config)
+    other = batch._replace(target_mm=-batch.target_mm, behavior_mm=2 * batch.behavior_mm + 1)  # type: ignore[operator]
+    assert torch.equal(network(batch), network(other))
+
+
+def test_each_module_adds_its_own_width(batch: EmbeddedBatch) -> None:
+    def width(**changes: object) -> int:
+        network = _network(replace(CONFIG, **changes))  # type: ignore[arg-type]
+        return sum(part.shape[1] for part in network.features(batch))
+
+    whole = width()
+    assert whole - width(id_module=False) >= 16
+    assert whole - width(content_module=False) == 6
+    assert whole - width(fusion_module=False) == 8
+    assert whole - width(num_histogram_bins=0) == 5
+    assert width(target_content=True) - whole == 6
+
+
+def test_eq_9_keeps_the_order_id_content_fusion(batch: EmbeddedBatch) -> None:
+    widths = [part.shape[1] for part in _network(CONFIG).features(batch)]
+    assert widths[:4] == [16, 6, 8, 5]
+
+
+def test_content_that_is_missing_in_the_batch_is_named(batch: EmbeddedBatch) -> None:
+    with pytest.raises(ValueError, match="needs target_mm"):
+        _network(CONFIG)(batch._replace(target_mm=None))
+
+
+def test_config_survives_json() -> None:
+    assert NetworkConfig.from_json(CONFIG.to_json()) == CONFIG
+
+
+def test_start_is_the_share_of_positives(batch: EmbeddedBatch) -> None:
+    network = _network(CONFIG)
+    network.start_at(0.2)
+    last = network.network[-1]
+    torch.nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+    assert torch.sigmoid(network(batch)).tolist() == pytest.approx([0.2] * 3)

@@ -1,0 +1,173 @@
+"""Training, export and evaluation of small models, through Ray Train and without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mim_ray import artifacts
+from mim_ray.ciubm import evaluate, train
+from mim_ray.ciubm.dataset import ImpressionEncoder, gather_batch
+from mim_ray.ciubm.export import load_ranker
+from mim_ray.ciubm.model import CtrNetwork
+from mim_ray.ciubm.tables import IdTables
+from mim_ray.config import Scenario
+from mim_ray.data.batches import ordered_batches
+from mim_ray.errors import ArtifactError, VersionMismatchError
+from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.training.optim import average_gradients
+
+SETTINGS: dict[str, Any] = {
+    "id_dim": 4,
+    "hidden": [16],
+    "batch_size": 64,
+    "num_epochs": 2,
+    "max_behaviors": 8,
+    "threads_per_worker": 1,
+    "in_driver": True,
+}
+
+
+def _scenario(**changes: Any) -> Scenario:
+    return Scenario.model_validate({"ciubm": {**SETTINGS, **changes}, "evaluation": {"num_bootstrap": 20}})
+
+
+@pytest.fixture(scope="module")
+def models(ray_cluster: None, small_shop: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """sim-base and sim-mim with two seeds, trained inside this process."""
+    root = tmp_path_factory.mktemp("ctr")
+    uris = {}
+    for variant, snapshot in (("sim-base", None), ("sim-mim", small_shop.snapshot)):
+        uris[variant] = f"{root}/{variant}"
+        train.run(
+            _scenario(seeds=[0, 1]),
+            variant=variant,
+            samples=small_shop.samples,
+            snapshot=snapshot,
+            output=uris[variant],
+        )
+    return uris
+
+
+@pytest.mark.ray
+def test_content_is_learnt_and_every_row_predicted(models: dict[str, str], small_shop: Any, tmp_path: Path) -> None:
+    snapshots = {"sim-base": None, "sim-mim": small_shop.snapshot}
+    result = evaluate.run(
+        _scenario(),
+        samples=small_shop.samples,
+        variants=models,
+        snapshots=snapshots,
+        truth=small_shop.truth,
+        output=str(tmp_path),
+    )
+    found = artifacts.read_json(f"{tmp_path}/evaluation.json")
+    assert found["num_rows"] == 800
+    assert found["models"]["sim-mim"]["auc"]["value"] > found["models"]["sim-base"]["auc"]["value"] + 0.02
+    assert found["references"]["oracle"]["value"] > found["models"]["sim-mim"]["auc"]["value"]
+    assert found["differences"]["sim-mim"]["over"] == "sim-base"
+    assert [bucket["bucket"] for bucket in found["age_buckets"]] == [f"S{number}" for number in range(1, 11)]
+    assert sum(bucket["num_rows"] for bucket in found["age_buckets"]) == 800
+    assert len(found["models"]["sim-mim"]["seed_aucs"]) == 2
+    predictions = pq.read_table(f"{tmp_path}/predictions/sim-mim.parquet")
+    test = pq.read_table(f"{small_shop.samples}/impressions/test")
+    assert predictions["impression_id"].to_pylist() == test["impression_id"].to_pylist()
+    assert np.isfinite(predictions["prob"].to_numpy()).all()
+    assert any(label == "mean cosine" for label, _ in result.rows)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("variant", ["sim-base", "sim-mim"])
+def test_the_ranker_scores_as_the_evaluation_predicts(variant: str, models: dict[str, str], small_shop: Any) -> None:
+    snapshot = Snapshot.open(small_shop.snapshot)
+    ranker = load_ranker(models[variant], encoder_version=snapshot.encoder_version if variant == "sim-mim" else None)
+    test = f"{small_shop.samples}/impressions/test"
+    expected = evaluate.predict(ranker, snapshot if variant == "sim-mim" else None, test)[0].mean(axis=0)
+
+    def multi_get(ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
+        rows = snapshot.lookup(ids)
+        return snapshot.gather(rows), rows >= 0, [None] * len(ids)
+
+    for number, row in enumerate(pq.read_table(test).slice(0, 40).to_pylist()):
+        scores = ranker.score(row["user_id"], row["behaviors"], ["item-3", row["item_id"]], multi_get)
+        assert scores.shape == (2,)
+        assert scores[1] == pytest.approx(expected[number], abs=1e-5)
+
+
+@pytest.mark.ray
+def test_a_new_item_is_ranked_by_its_content_and_category(models: dict[str, str], small_shop: Any) -> None:
+    ranker, snapshot = load_ranker(models["sim-mim"]), Snapshot.open(small_shop.snapshot)
+
+    def multi_get(ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
+        rows = snapshot.lookup(["item-55" if one == "brand-new" else one for one in ids])
+        return snapshot.gather(rows), rows >= 0, ["category-0" if one == "brand-new" else None for one in ids]
+
+    # item-55 was in no train row and is of category-0 (55 % 5): its twin, unknown to the catalogue, scores alike.
+    scores = ranker.score("user-1", ["item-2", "item-7"], ["item-55", "brand-new"], multi_get)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert np.isfinite(ranker.score("nobody", [], ["unheard-of"], multi_get)).all()
+
+
+@pytest.mark.ray
+def test_a_mix_of_encoder_versions_is_refused_naming_both(models: dict[str, str]) -> None:
+    with pytest.raises(VersionMismatchError, match=r"test-1.*other-2"):
+        load_ranker(models["sim-mim"], encoder_version="other-2")
+    load_ranker(models["sim-base"], encoder_version="other-2")  # uses no content
+
+
+@pytest.mark.ray
+def test_finished_seeds_are_kept_and_the_same_seed_gives_the_same_model(
+    models: dict[str, str], small_shop: Any, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {"variant": "sim-base", "samples": small_shop.samples, "snapshot": None}
+    train.run(_scenario(seeds=[0]), output=str(tmp_path), **arguments)
+    first = artifacts.read_tensors(f"{tmp_path}/seed-0/network.safetensors")
+    again = artifacts.read_tensors(f"{models['sim-base']}/seed-0/network.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    stamp = (tmp_path / "seed-0" / "metrics.json").stat().st_mtime_ns
+    train.run(_scenario(seeds=[0]), output=str(tmp_path), **arguments)
+    assert (tmp_path / "seed-0" / "metrics.json").stat().st_mtime_ns == stamp
+
+
+def test_mim_without_a_snapshot_is_refused(small_shop: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"sim-mim needs embeddings.*jobs/extract.py"):
+        train.run(_scenario(), variant="sim-mim", samples=small_shop.samples, snapshot=None, output=str(tmp_path))
+
+
+@pytest.mark.distributed
+def test_two_workers_match_one_on_the_joined_batch(
+    gloo_workers: Callable[..., list[dict[str, Any]]], small_shop: Any, tmp_path: Path
+) -> None:
+    items, users, _ = train.build_vocabulary(small_shop.samples, _scenario().ciubm, str(tmp_path))
+    encoder = ImpressionEncoder(items, users, None, 8)
+    columns = ["user_id", "item_id", "behaviors", "label"]
+    rows = next(ordered_batches(f"{small_shop.samples}/impressions/train", columns, 256))
+    config = train.network_config(_scenario().ciubm, "sim", None)
+
+    def steps(rank: int, world: int) -> dict[str, Any]:
+        torch.manual_seed(0)
+        network = CtrNetwork(config)
+        tables = IdTables.create({"item": 51, "category": 6, "user": len(users) + 1}, 4, seed=0)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+        for start in (0, 128):
+            size = 128 // world
+            batch = encoder.encode(rows.slice(start + rank * size, size))
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(
+                network(gather_batch(batch, tables, train=True)), batch.label
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            average_gradients(network.parameters())
+            optimizer.step()
+            tables.step(0.01)
+        return {**{f"network.{k}": v for k, v in network.state_dict().items()}, **tables.state()}
+
+    alone = steps(0, 1)
+    for result in gloo_workers(lambda rank: steps(rank, 2), 2):
+        for name, value in alone.items():
+            assert torch.allclose(torch.as_tensor(result[name]), value, atol=2e-4), name
