@@ -32,7 +32,7 @@ from mim_ray.data.catalogue import write_index
 from mim_ray.data.event_log import STAGE, UNKNOWN_TIME, Items, ShardStats, clean_shard
 from mim_ray.data.ids import IdIndex
 from mim_ray.data.items import choose_items, write_items_part
-from mim_ray.data.own_tables import OwnSplit, own_split, write_own_impressions
+from mim_ray.data.own_tables import OwnSplit, newest_of_users, own_split, write_own_impressions
 from mim_ray.data.pairs import write_own_pairs, write_search_pairs
 from mim_ray.data.rejects import reject_rows, write_rejects
 from mim_ray.data.schema import INTEREST_PAIRS, SPLITS, TIME
@@ -229,9 +229,8 @@ class _Build:
         done = _gather("check impressions", tasks, [shard.num_rows for shard in own_shards], "rows")
         self.rejects += [part[2] for part in done]
         if with_behaviors:
-            newest = pa.concat_tables([part[1] for part in done]).sort_by("timestamp_last")
-            newest = newest.group_by("user_id", use_threads=False).aggregate([("behaviors_last", "last")])
-            behaviors = pa.table([newest["user_id"], newest["behaviors_last_last"]], schema=BEHAVIORS)
+            newest = newest_of_users(pa.concat_tables([part[1] for part in done]))
+            behaviors = newest.select(BEHAVIORS.names).cast(BEHAVIORS)
             write_parquet(f"{self.output}/behaviors/part-00000.parquet", behaviors, PAIR_GROUP)
             self.counts["users with behaviors"] = behaviors.num_rows
         return [part[0] for part in done]

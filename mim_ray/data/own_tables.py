@@ -121,9 +121,15 @@ def write_own_impressions(
     tallies = Tallies()
     write_impressions(kept, output, number, tallies)
     counts = {"test rows without label": int((bad_label & test & (reasons == "")).sum())}
-    newest = kept.select(["user_id", "timestamp", "behaviors"]).sort_by("timestamp")
-    newest = newest.group_by("user_id", use_threads=False).aggregate([("timestamp", "last"), ("behaviors", "last")])
-    return tallies.result(counts, []), newest, rejects
+    return tallies.result(counts, []), newest_of_users(kept.select(["user_id", "timestamp", "behaviors"])), rejects
+
+
+def newest_of_users(rows: pa.Table) -> pa.Table:
+    """Of each user the row with the latest timestamp (columns user_id, timestamp, …)."""
+    rows = rows.take(pc.sort_indices(rows, [("timestamp", "ascending", "at_start")]))
+    numbered = pa.table({"user_id": rows["user_id"], "row": pa.array(np.arange(rows.num_rows))})
+    last = numbered.group_by("user_id").aggregate([("row", "max")])["row_max"]
+    return rows.take(pa.array(np.sort(np.asarray(last))))
 
 
 def _bad(times: np.ndarray) -> np.ndarray:

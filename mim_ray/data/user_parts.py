@@ -162,6 +162,9 @@ def write_parquet(uri: str, table: pa.Table, group: int) -> None:
 
 def _sorted_events(events: pa.Table) -> tuple[pa.Array, pa.Table, UserEvents]:
     """User ids by number, the events sorted by (user, time, row of the log), and their columns as arrays."""
+    events = events.sort_by(
+        "seq"
+    )  # the shuffle brings rows in any order; all that follows is then a function of the log
     encoded = events["user_id"].combine_chunks().dictionary_encode()
     codes = np.asarray(encoded.indices).astype(np.int64)
     order = np.lexsort((np.asarray(events["seq"]), np.asarray(events["time"]), codes))

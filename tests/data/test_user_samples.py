@@ -167,6 +167,15 @@ def test_logged_samples_equal_plain_python(tmp_path, seed):
     assert newest == {user: plain_behaviors(known, 10**18, 6, "exact") for user, known in positives.items() if known}
 
 
+def test_the_order_in_which_the_shuffle_brings_rows_changes_nothing(tmp_path):
+    log = random_log(1, with_ids=True)
+    for name in ("a", "b"):
+        write_part_of_users(as_table(log), job(tmp_path / name, Samples()))
+        random.Random(3).shuffle(log)
+    for table in ("impressions/train", "behaviors"):
+        assert pq.read_table(tmp_path / "a" / table).equals(pq.read_table(tmp_path / "b" / table))
+
+
 def pool_of(log, created):
     events = sorted((e for e in log if e["kind"] & POSITIVE), key=lambda e: e["time"])
     order = np.argsort(created, kind="stable")
