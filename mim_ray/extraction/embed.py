@@ -8,9 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import torch
 
-from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.errors import TrainingError
 
 Encode: TypeAlias = Callable[[Sequence[str | None], np.ndarray, np.ndarray], np.ndarray]
@@ -21,6 +19,11 @@ DROPPED = ["title", "pixels"]  # columns that end here
 
 def load_encoder(uri: str, use_gpu: bool) -> Encode:
     """The item encoder saved at `uri`, on the GPU if one is asked for and there is one."""
+    # Here and not above: of all the job's processes only the actors need the model libraries, which load for seconds.
+    import torch
+
+    from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
+
     encoder = ItemEncoder.load(uri)
     if use_gpu and torch.cuda.is_available():
         encoder = encoder.cuda()

@@ -24,7 +24,7 @@ def png(number: int, size: int = 8) -> bytes:
     return file.getvalue()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_items() -> Callable[..., str]:
     """Write an items table; returns its URI."""
 
@@ -54,7 +54,7 @@ def make_items() -> Callable[..., str]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stand_in() -> Callable[..., Any]:
     """A loader of an encoder that needs no model: a vector computed from the content. Travels to workers by value."""
 

@@ -68,15 +68,22 @@ BAD = {
 }
 
 
-@pytest.fixture
-def items(tmp_path: Path, make_items: Callable[..., str]) -> str:
-    return make_items(tmp_path / "data", num=300, row_group_rows=80, **BAD)
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory, make_items: Callable[..., str]) -> str:
+    return make_items(tmp_path_factory.mktemp("data"), num=300, row_group_rows=80, **BAD)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    items: str, tmp_path_factory: pytest.TempPathFactory, stand_in: Callable[..., Any], ray_cluster: None
+) -> tuple[EmbeddingTable, Extracted]:
+    return fill(items, tmp_path_factory.mktemp("undisturbed"), stand_in())
 
 
 def test_every_usable_item_is_in_the_table_once_and_a_second_run_does_nothing(
-    items: str, tmp_path: Path, stand_in: Callable[..., Any]
+    items: str, undisturbed: tuple[EmbeddingTable, Extracted], stand_in: Callable[..., Any]
 ) -> None:
-    table, done = fill(items, tmp_path / "a", stand_in())
+    table, done = undisturbed
     expected = sorted(f"item-{number}" for number in range(300) if number not in (3, 7, 8, 160, 299))
     assert log(table)["item_id"].to_pylist() == expected
     assert (done.num_rows, done.num_rows_done, done.num_shards_found) == (300, 300, 0)
@@ -90,7 +97,7 @@ def test_every_usable_item_is_in_the_table_once_and_a_second_run_does_nothing(
         ("row 8", "no item id"),
     ]
     version = table.version
-    _, again = fill(items, tmp_path / "a", stand_in())
+    _, again = fill(items, Path(table.uri).parent, stand_in())
     assert (again.num_rows_done, again.num_shards_found, table.version) == (0, done.num_shards, version)
     assert again.rejects.num_rows == done.rejects.num_rows
 
@@ -123,8 +130,9 @@ print("finished")
 
 @pytest.mark.slow
 def test_a_job_killed_in_the_middle_and_started_again_equals_an_undisturbed_one(
-    items: str, tmp_path: Path, stand_in: Callable[..., Any]
+    items: str, undisturbed: tuple[EmbeddingTable, Extracted], tmp_path: Path, stand_in: Callable[..., Any]
 ) -> None:
+    whole_table, whole = undisturbed
     table = EmbeddingTable(f"{tmp_path}/killed/table").create()
     output = tmp_path / "output"
     with output.open("w") as file:
@@ -141,7 +149,6 @@ def test_a_job_killed_in_the_middle_and_started_again_equals_an_undisturbed_one(
     time.sleep(1)  # workers that outlive the job for a moment write files, but only the job commits
     before = table.committed_shards("v1")
     version = table.version
-    undisturbed, whole = fill(items, tmp_path / "undisturbed", stand_in())
     assert 0 < len(before) < whole.num_shards, "the kill came too early or too late"
     assert "finished" not in output.read_text()
 
@@ -149,20 +156,20 @@ def test_a_job_killed_in_the_middle_and_started_again_equals_an_undisturbed_one(
     assert rest.num_shards_found == len(before)
     assert rest.num_rows_done < whole.num_rows
     rows = log(table)
-    assert_same_log(rows, log(undisturbed))
+    assert_same_log(rows, log(whole_table))
     kept = {row["shard_id"] for row in rows.to_pylist() if row["commit_version"] <= version}
     assert kept == before  # what was committed before the kill was not made again
     assert sorted(rest.rejects.to_pylist(), key=str) == sorted(whole.rejects.to_pylist(), key=str)
 
 
-def test_an_encoder_killed_in_the_middle_changes_nothing(
-    items: str, tmp_path: Path, stand_in: Callable[..., Any]
+def test_an_encoder_killed_in_the_middle_and_blocks_of_any_size_change_nothing(
+    items: str, undisturbed: tuple[EmbeddingTable, Extracted], tmp_path: Path, stand_in: Callable[..., Any]
 ) -> None:
     marker = str(tmp_path / "killed-once")
-    table, _ = fill(items, tmp_path / "a", stand_in(marker=marker))
+    settings = SETTINGS.model_copy(update={"batch_size": 7})
+    table, _ = fill(items, tmp_path / "a", stand_in(marker=marker), settings)
     assert os.path.exists(marker)
-    undisturbed, _ = fill(items, tmp_path / "b", stand_in())
-    assert_same_log(log(table), log(undisturbed))
+    assert_same_log(log(table), log(undisturbed[0]))
 
 
 def test_actors_that_ask_for_a_gpu_are_given_one(tmp_path: Path, make_items: Callable[..., str], stand_in: Any) -> None:
@@ -170,12 +177,6 @@ def test_actors_that_ask_for_a_gpu_are_given_one(tmp_path: Path, make_items: Cal
     settings = SETTINGS.model_copy(update={"gpus_per_actor": 1.0})
     table, _ = fill(uri, tmp_path / "a", stand_in(need_gpu=True), settings)
     assert log(table).num_rows == 60
-
-
-def test_blocks_of_any_size_give_the_same_shards(items: str, tmp_path: Path, stand_in: Callable[..., Any]) -> None:
-    odd, _ = fill(items, tmp_path / "a", stand_in(), SETTINGS.model_copy(update={"batch_size": 7, "num_actors": 2}))
-    plain, _ = fill(items, tmp_path / "b", stand_in(), SETTINGS.model_copy(update={"batch_size": 1_000}))
-    assert_same_log(log(odd), log(plain))
 
 
 def test_the_stage_fills_table_rejects_and_snapshot_with_a_real_encoder(
