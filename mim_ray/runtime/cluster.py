@@ -29,7 +29,7 @@ def cluster(run: Run) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "600")  # a lost rank ends in an error, not in waiting
     joined = bool(os.environ.get("RAY_ADDRESS")) or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if joined:
-        ray.init(address="auto", logging_level=logging.WARNING)
+        ray.init(address="auto", logging_level=logging.ERROR)
     else:
         ray.init(
             address="local",
@@ -37,7 +37,7 @@ def cluster(run: Run) -> Iterator[None]:
             num_gpus=run.num_gpus,
             object_store_memory=run.object_store_mb * 2**20,
             include_dashboard=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
         )
     _quiet()
     try:
@@ -78,8 +78,10 @@ def user_error(error: BaseException) -> MimRayError | None:
 
 
 def _quiet() -> None:
+    logging.getLogger("ray").setLevel(logging.WARNING)  # its start, at ERROR, tells what is no news
+    for name in ("ray.train", "ray.tune", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns of the line below
     context = DataContext.get_current()
     context.enable_progress_bars = False  # our own Progress shows rate and remaining time
     context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.WARNING)

@@ -18,7 +18,7 @@ class Progress:
         every_s: shortest time between two lines.
     """
 
-    def __init__(self, label: str, total: int | None = None, unit: str = "rows", every_s: float = 2.0) -> None:
+    def __init__(self, label: str, total: int | None = None, unit: str = "rows", every_s: float = 5.0) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
         self._terminal = sys.stderr.isatty()
@@ -46,7 +46,7 @@ class Progress:
         text = f"{self.label}: {self.done:,}"
         if self.total is not None:
             text += f"/{self.total:,}"
-        text += f" {self.unit}, {rate:,.0f}/s"
+        text += f" {self.unit}, {rate:,.0f}/s" if rate >= 10 else f" {self.unit}, {rate:.1f}/s"
         if self.total is not None and 0 < self.done < self.total:
             text += f", {format_seconds((self.total - self.done) / rate)} left"
         elif self.done:
