@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,3 +33,48 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("set MIM_RAY_TEST_DATA to the folder that holds movietweetings/, obd_small/ and fuxictr_tiny/")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def gloo_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """`gloo_workers(function, num_workers)`: runs `function(rank)` in gloo processes of one group, one thread each.
+
+    The function is defined inside the test (it travels by value) and returns tensors and numbers; the results come back in
+    rank order.
+    """
+    import torch
+    from ray import cloudpickle
+
+    program = """
+import sys
+import torch
+from ray import cloudpickle
+rank, world, port, code, result = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+torch.save(cloudpickle.load(open(code, "rb"))(rank), result)
+torch.distributed.destroy_process_group()
+"""
+
+    def run(function: Callable[[int], dict[str, Any]], num_workers: int) -> list[dict[str, Any]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        folder = tmp_path_factory.mktemp("gloo")
+        code = folder / "function"
+        code.write_bytes(cloudpickle.dumps(function))
+        results = [folder / f"result-{rank}" for rank in range(num_workers)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, str(rank), str(num_workers), str(port), str(code), str(result)],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, result in enumerate(results)
+        ]
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+        for process, error in zip(processes, errors, strict=True):
+            assert process.returncode == 0, error
+        return [torch.load(result, weights_only=True) for result in results]
+
+    return run

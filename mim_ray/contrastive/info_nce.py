@@ -187,6 +187,7 @@ class _LogSumExp(torch.autograd.Function):
             logits.exp_()
             total.add_(logits.sum(1))
             mean.addmm_(logits, block)
+        total.clamp_min_(torch.finfo(total.dtype).tiny)  # a query whose candidates are all hidden: no weight, no NaN
         mean.div_(total.unsqueeze(1))
         lse = total.log_().add_(top.squeeze(1))
         ctx.save_for_backward(queries, fresh, scale, mean, lse)

@@ -20,6 +20,7 @@ from torch import Tensor
 from mim_ray.contrastive.info_nce import same_key_pairs
 
 _DRAWS = 8
+_MOST_TRIED = 4_096
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class HardNegativeSampler:
             positives: (N,) catalogue rows.
             bought: places in the batch and catalogue rows of the users' purchases.
 
-        A positive for which a few draws in its category find nothing (often: a category of one item) gets an item of any
-        category; should even that fail, the last draw stays, and the mask of the user's items hides it.
+        A positive whose category has nothing to offer (often: a category of one item) gets an item of any category;
+        should even that fail, the last draw stays, and the mask of the user's items hides it.
         """
         num_items = len(self._categories)
         forbidden = np.sort(bought[0] * num_items + bought[1])
@@ -78,23 +79,31 @@ class HardNegativeSampler:
                 break
             index = low[open_places] + (random.random(len(open_places)) * size[open_places]).astype(np.int64)
             rows[open_places] = self._members[index]
-            fine = self._fine(rows, positives, open_places, forbidden)
+            fine = self._fine(rows[open_places], positives[open_places], open_places, forbidden)
             other[open_places[fine]] = False
             open_places = open_places[~fine]
+        for place in open_places:  # few: most of the category is forbidden, so look through it
+            members = self._members[low[place] : low[place] + size[place]][:_MOST_TRIED]
+            fine_members = members[self._fine(members, np.repeat(positives[place], len(members)), place, forbidden)]
+            if len(fine_members):
+                rows[place] = random.choice(fine_members)
+                other[place] = False
         open_places = np.flatnonzero(other)
         for _ in range(_DRAWS):
             if not len(open_places) or not len(self._all):
                 break
             rows[open_places] = self._all[random.integers(len(self._all), size=len(open_places))]
-            open_places = open_places[~self._fine(rows, positives, open_places, forbidden)]
+            fine = self._fine(rows[open_places], positives[open_places], open_places, forbidden)
+            open_places = open_places[~fine]
         return HardNegatives(rows, int(other.sum()))
 
-    def _fine(self, rows: np.ndarray, positives: np.ndarray, places: np.ndarray, forbidden: np.ndarray) -> np.ndarray:
-        drawn, positive = rows[places], positives[places]
+    def _fine(
+        self, drawn: np.ndarray, positives: np.ndarray, places: np.ndarray | np.int64, forbidden: np.ndarray
+    ) -> np.ndarray:
         codes = places * len(self._categories) + drawn
         at = np.minimum(np.searchsorted(forbidden, codes), max(0, len(forbidden) - 1))
-        is_bought = forbidden[at] == codes if len(forbidden) else np.zeros(len(places), bool)
-        same: np.ndarray = (drawn == positive) | (self._contents[drawn] == self._contents[positive])
+        is_bought = forbidden[at] == codes if len(forbidden) else np.zeros(len(drawn), bool)
+        same: np.ndarray = (drawn == positives) | (self._contents[drawn] == self._contents[positives])
         return ~(same | is_bought)
 
 

@@ -43,7 +43,7 @@ def check_finite(loss: Tensor | float, step: int, name: str = "loss") -> float:
     Raises:
         NonFiniteLossError: it is NaN or infinite.
     """
-    value = float(loss)
+    value = float(loss.detach()) if isinstance(loss, Tensor) else loss
     if not math.isfinite(value):
         raise NonFiniteLossError(
             f"The {name} is {value} at step {step}; the optimizer did not move. Lower the learning rate or raise the "
