@@ -177,7 +177,7 @@ def _files(
         compute=ActorPoolStrategy(size=settings.num_actors),
         num_cpus=actor_cpus,
         num_gpus=settings.gpus_per_actor or None,
-        scheduling_strategy="SPREAD",  # unlike the tasks', so that decoding is not fused into the actors
+        label_selector={},  # selects all nodes, but is unlike the tasks': decoding is then not fused into the actors
     )
     return encoded.map_batches(
         partial(write_pieces, table=table.uri, rejects=rejects, encoder_version=encoder_version),
