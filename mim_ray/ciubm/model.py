@@ -66,8 +66,8 @@ class NetworkConfig:
 class CtrNetwork(nn.Module):
     """h_B = Concat(h_B^ID, h_B^MM, h_B^Fusion) (Eq. 9) with the other features -> logit of a click.
 
-    Other features, equal for base and +MIM: the target's ID embedding, the user's, their products with each other and
-    with h_B^ID (a plain network learns products slowly), and the logarithm of the number of behaviors.
+    Other features, equal for base and +MIM: the target's ID embedding, the logarithm of 1 + the number of behaviors, and
+    the user's embedding.
     """
 
     def __init__(self, config: NetworkConfig) -> None:

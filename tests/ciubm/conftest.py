@@ -29,8 +29,18 @@ class SmallShop:
 
 @pytest.fixture(scope="session")
 def small_shop(tmp_path_factory: pytest.TempPathFactory) -> SmallShop:
+    """Clicks follow the user's taste for content."""
+    return _make(tmp_path_factory.mktemp("small_shop"), content_weight=3.0)
+
+
+@pytest.fixture(scope="session")
+def indifferent_shop(tmp_path_factory: pytest.TempPathFactory) -> SmallShop:
+    """Clicks have nothing to do with content: the negative control."""
+    return _make(tmp_path_factory.mktemp("indifferent_shop"), content_weight=0.0)
+
+
+def _make(root: Path, content_weight: float) -> SmallShop:
     """3,000 train, 500 validation and 800 test rows; items 50.. are in no train row, item 59 has no content."""
-    root: Path = tmp_path_factory.mktemp("small_shop")
     generator = np.random.default_rng(0)
     level = generator.integers(0, WIDTH, NUM_ITEMS)
     likes = generator.random((NUM_USERS, WIDTH)) < 0.3
@@ -46,7 +56,7 @@ def small_shop(tmp_path_factory: pytest.TempPathFactory) -> SmallShop:
             time += 1_000_000
             user = int(generator.integers(0, NUM_USERS - (1 if split == "train" else 0)))
             item = int(generator.integers(0, 50 if split == "train" else NUM_ITEMS))
-            prob = 1 / (1 + np.exp(-(3.0 * likes[user, level[item]] + 0.7 * popular[item] - 2.0)))
+            prob = 1 / (1 + np.exp(-(content_weight * likes[user, level[item]] + 0.7 * popular[item] - 2.0)))
             label = int(generator.random() < prob)
             name = f"{split}-{number}"
             rows.append((name, f"user-{user}", time, ids[item], label, list(history[user][-12:])))

@@ -20,7 +20,7 @@ from mim_ray.ciubm.tables import IdTables
 from mim_ray.config import Scenario
 from mim_ray.data.batches import ordered_batches
 from mim_ray.errors import ArtifactError, VersionMismatchError
-from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.representation_center.snapshot import Snapshot, write_snapshot
 from mim_ray.training.optim import average_gradients
 
 SETTINGS: dict[str, Any] = {
@@ -82,6 +82,29 @@ def test_content_is_learnt_and_every_row_predicted(models: dict[str, str], small
 
 
 @pytest.mark.ray
+def test_content_that_has_nothing_to_do_with_clicks_changes_nothing(
+    ray_cluster: None, indifferent_shop: Any, tmp_path: Path
+) -> None:
+    snapshots = {"sim-base": None, "sim-mim": indifferent_shop.snapshot}
+    samples = indifferent_shop.samples
+    for variant, snapshot in snapshots.items():
+        output = f"{tmp_path}/{variant}"
+        train.run(
+            _scenario(seeds=[0, 1], num_epochs=1), variant=variant, samples=samples, snapshot=snapshot, output=output
+        )
+    evaluate.run(
+        _scenario(),
+        samples=samples,
+        variants={variant: f"{tmp_path}/{variant}" for variant in snapshots},
+        snapshots=snapshots,
+        truth=None,
+        output=str(tmp_path),
+    )
+    gain = artifacts.read_json(f"{tmp_path}/evaluation.json")["differences"]["sim-mim"]["auc"]
+    assert gain["low"] <= 0 <= gain["high"], gain
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize("variant", ["sim-base", "sim-mim"])
 def test_the_ranker_scores_as_the_evaluation_predicts(variant: str, models: dict[str, str], small_shop: Any) -> None:
     snapshot = Snapshot.open(small_shop.snapshot)
@@ -137,6 +160,13 @@ def test_finished_seeds_are_kept_and_the_same_seed_gives_the_same_model(
 def test_mim_without_a_snapshot_is_refused(small_shop: Any, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"sim-mim needs embeddings.*jobs/extract.py"):
         train.run(_scenario(), variant="sim-mim", samples=small_shop.samples, snapshot=None, output=str(tmp_path))
+
+
+def test_a_snapshot_of_other_items_is_refused(small_shop: Any, tmp_path: Path) -> None:
+    other = f"{tmp_path}/other"
+    write_snapshot(other, ["x", "y"], np.eye(2, dtype=np.float32), encoder_version="test-1")
+    with pytest.raises(ArtifactError, match="no embedding of any item"):
+        train.run(_scenario(), variant="sim-mim", samples=small_shop.samples, snapshot=other, output=str(tmp_path))
 
 
 @pytest.mark.distributed
