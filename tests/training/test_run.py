@@ -1,9 +1,8 @@
-"""Ray Train as a thin shell: results, ranks, errors, restarts."""
+"""Ray Train as a thin shell: results, ranks, errors. A restart after a kill: tests/csft/test_train.py."""
 
 from __future__ import annotations
 
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -54,23 +53,6 @@ def test_an_error_raised_on_purpose_ends_the_run_at_once_and_keeps_its_type(ray_
             storage=str(tmp_path),
         )
     assert attempts.read_text() == "x"
-
-
-def test_a_killed_worker_starts_the_group_again(ray_cluster: None, tmp_path: Path) -> None:
-    def loop(config: dict[str, Any]) -> None:
-        import torch
-
-        from mim_ray.training.run import rank, report
-
-        mark = Path(config["mark"])
-        if rank() == 1 and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        torch.distributed.barrier()
-        report({"done": True})
-
-    metrics = run_workers(loop, {"mark": str(tmp_path / "mark")}, workers=TWO, name="killed", storage=str(tmp_path))
-    assert metrics == {"done": True}
 
 
 def test_a_crash_that_comes_again_ends_in_one_sentence(ray_cluster: None, tmp_path: Path) -> None:
