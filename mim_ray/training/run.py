@@ -76,7 +76,7 @@ def run_workers(
         try:
             return _fit(_trainer(loop, config, workers, name, storage, threads, workers.num_workers))
         except Exception as error:
-            known = user_error(error)
+            known = user_error(error.controller_failure if isinstance(error, ControllerError) else error)
             if known is not None:
                 raise known from None
             if attempt == workers.max_failures or not _died_at_start(error):
