@@ -138,7 +138,7 @@ class Vision(Section):
     """Side of the square input, in pixels."""
     resize: Literal["shortest", "longest", "squash"] = "shortest"
     """How a picture becomes square: crop the longer side, pad the shorter, or squash."""
-    model_args: dict[str, int | float | bool | str] = {}
+    model_args: dict[str, int | float | bool | str | list[int]] = {}
     """Arguments of the architecture that differ from the named model's, for small versions."""
 
 
@@ -153,7 +153,7 @@ class Text(Section):
     """Longer titles are cut."""
     vocabulary_size: Annotated[int, Field(ge=64)] = 8_000
     """Size of the WordPiece vocabulary trained on the catalogue where no weights bring a tokenizer."""
-    model_args: dict[str, int | float | bool | str] = {}
+    model_args: dict[str, int | float | bool | str | list[int]] = {}
     """Arguments of the configuration that differ from the model type's, for small versions."""
 
 

@@ -27,6 +27,7 @@ def cluster(run: Run) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "600")  # a lost rank ends in an error, not in waiting
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin: workers share the cores
     joined = bool(os.environ.get("RAY_ADDRESS")) or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if joined:
         ray.init(address="auto", logging_level=logging.ERROR)

@@ -153,7 +153,11 @@ def _curves(stage: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     if stage == "pretraining":
         return {f"pre-training: {name}": phase["losses"] for name, phase in metrics["phases"].items()}
     if stage == "csft":
-        return {f"C-SFT: {name}": points for name, points in metrics["losses"].items()}
+        columns = metrics["curve_columns"]
+        return {
+            f"C-SFT: {name}": [[point[0], point[place]] for point in metrics["curve"]]
+            for place, name in enumerate(columns[1:], start=1)
+        }
     if stage.startswith("ctr/"):
         first = next(iter(metrics["seeds"].values()))
         return {stage.removeprefix("ctr/"): first["loss"]}
