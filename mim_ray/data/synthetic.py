@@ -40,7 +40,10 @@ _CLICK_DELAY_S, _BUY_DELAY_S, _BUY_RATIO = (2.0, 90.0), (60.0, 1_500.0), 0.25
 _MAX_DELAY_US = 1_600 * SECOND_US
 # Streams of random numbers, apart from those of shop.py.
 _TIME, _USER, _ITEM, _CLICK, _CLICK_AT, _BUY, _BUY_AT, _NO_IMAGE, _NO_TITLE, _PICTURE = range(100, 110)
-_SEARCH_TIME, _SEARCH_USER, _SEARCH_STYLE, _SEARCH_BLOCK, _SEARCH_PICTURE = range(120, 125)
+_SEARCH_TIME, _SEARCH_USER, _SEARCH_STYLE, _SEARCH_BLOCK, _SEARCH_PICTURE, _SEARCH_NEAR, _SEARCH_CATEGORY = range(
+    120, 127
+)
+_NUM_SHOWN, _NUM_SHOWN_EXACT = 9, 3  # items that a search shows, and those of exactly the wanted style
 
 
 def run(scenario: Scenario, *, output: str) -> StageResult:
@@ -171,10 +174,11 @@ def impression_ids(numbers: np.ndarray) -> pa.Array:
 
 
 def _searches(model: ShopModel, begin: float, end: float) -> pa.Table:
-    """Image searches in [begin, end): the user wants a style by taste, and buys an item of that style.
+    """Image searches in [begin, end): the user wants a style by taste, and buys one of the items that the search shows.
 
-    The style is drawn by softmax over the user's style logits. Of three items that have it (in random parts of the
-    catalogue), the one with the largest click logit is bought; where none exists yet, the nearest style.
+    The style is drawn by softmax over the user's style logits; the picture shows it on a thing of any category. Shown are items from random parts of the catalogue:
+    some of that very style, and more that differ from it in one factor. The one with the largest click logit is bought;
+    where the catalogue is too young for this, the item of the nearest style.
     """
     settings = model.settings
     step = model.duration_us / max(1, settings.num_image_searches)
@@ -196,21 +200,33 @@ def _searches(model: ShopModel, begin: float, end: float) -> pa.Table:
     wanted = np.minimum(wanted, NUM_STYLES - 1)
     existing = model.num_existing(times)
     blocks = existing // NUM_STYLES
-    draws = uniform(model.seed, _SEARCH_BLOCK, numbers[:, None] * 3 + np.arange(3))
-    found = model.items_of_style(wanted[:, None], (draws * blocks[:, None]).astype(np.int64))  # (n, 3)
+    shown = numbers[:, None] * _NUM_SHOWN + np.arange(_NUM_SHOWN)
+    draws = uniform(model.seed, _SEARCH_BLOCK, shown)
+    near = _one_factor_apart()
+    other = near[wanted[:, None], (uniform(model.seed, _SEARCH_NEAR, shown) * near.shape[1]).astype(np.int64)]
+    styles = np.where(np.arange(_NUM_SHOWN) < _NUM_SHOWN_EXACT, wanted[:, None], other)
+    found = model.items_of_style(styles, (draws * blocks[:, None]).astype(np.int64))  # (n, _NUM_SHOWN)
     for row in np.flatnonzero(blocks == 0):  # only in a shop of few items
         some = np.arange(existing[row])
         equal = (style_factors(model.styles(some)) == style_factors(wanted[row])).sum(-1)
         found[row] = some[np.argmax(equal)]
-    logits = model.click_logit(np.repeat(users, 3), found.reshape(-1)).reshape(-1, 3)
+    logits = model.click_logit(np.repeat(users, _NUM_SHOWN), found.reshape(-1)).reshape(-1, _NUM_SHOWN)
     items = np.take_along_axis(found, logits.argmax(1)[:, None], 1)[:, 0]
     keys = random_bits(model.seed, _SEARCH_PICTURE, numbers)
+    categories = (uniform(model.seed, _SEARCH_CATEGORY, numbers) * settings.num_categories).astype(np.int64)
     images = [
         render(int(style), int(category), int(key), settings.image_size)
-        for style, category, key in zip(wanted, model.categories(items), keys, strict=True)
+        for style, category, key in zip(wanted, categories, keys, strict=True)
     ]
     every = np.ones(len(numbers), bool)
     return _events("purchase", every, times, users, items, None, images=images, revenue=model.prices(items))
+
+
+def _one_factor_apart() -> np.ndarray:
+    """(NUM_STYLES, n) the styles that differ from each style in exactly one factor."""
+    levels = style_factors(np.arange(NUM_STYLES))  # (NUM_STYLES, 3)
+    apart = (levels[:, None] != levels[None]).sum(-1) == 1
+    return np.stack([np.flatnonzero(row) for row in apart])
 
 
 def _events(
