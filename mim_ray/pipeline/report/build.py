@@ -98,7 +98,8 @@ def _headline(figures: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
 
 def _ctr(evaluation: Mapping[str, Any]) -> str:
     groups: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for name, metrics in evaluation["models"].items():
+    models = sorted(evaluation["models"].items(), key=_place)
+    for name, metrics in models:
         backbone, _, content = name.partition("-")
         if _whole(metrics["auc"]):
             groups.setdefault(NAMES[backbone], {})[content] = _triple(metrics["auc"])
@@ -106,7 +107,7 @@ def _ctr(evaluation: Mapping[str, Any]) -> str:
     if references:
         groups["no model"] = references
     rows = []
-    for name, metrics in evaluation["models"].items():
+    for name, metrics in models:
         gain = evaluation["differences"].get(name, {}).get("auc")
         cells = [_estimate(metrics[metric]) for metric in ("auc", "gauc", "gauc_unweighted", "log_loss")]
         rows.append([name, *cells, "" if gain is None else _estimate(gain, sign=True)])
@@ -184,6 +185,12 @@ def _stages(manifests: Mapping[str, Manifest]) -> str:
         page.table(["stage", "seconds", "rejected rows", "finished"], rows),
         *summaries,
     )
+
+
+def _place(model: tuple[str, Any]) -> tuple[int, int]:
+    """SIM first, and base before mim before style."""
+    backbone, _, content = model[0].partition("-")
+    return list(NAMES).index(backbone), ("base", "mim", "style").index(content)
 
 
 def _whole(estimate: Mapping[str, Any]) -> bool:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from mim_ray.pipeline.report.neighbors import NeighborFigure
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#202124;max-width:1080px;margin:2rem auto;padding:0 1rem}
+body{font:15px/1.5 system-ui,sans-serif;color:#202124;max-width:1180px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.7rem;margin-bottom:.2rem} h2{font-size:1.2rem;margin:2.2rem 0 .4rem;border-bottom:1px solid #dadce0}
 p.note{color:#5f6368;margin:.2rem 0 .8rem} table{border-collapse:collapse;margin:.6rem 0}
-th,td{padding:.25rem .8rem;border-bottom:1px solid #eceff1;text-align:right} th{color:#5f6368;font-weight:600}
+th,td{padding:.25rem .8rem;border-bottom:1px solid #eceff1;text-align:right;white-space:nowrap} th{color:#5f6368;font-weight:600}
 th:first-child,td:first-child{text-align:left} .cards{display:flex;gap:1rem;flex-wrap:wrap;margin:1rem 0}
 .card{border:1px solid #dadce0;border-radius:10px;padding:.7rem 1.1rem;min-width:9rem}
 .card b{display:block;font-size:1.5rem} .card span{color:#5f6368;font-size:.85rem}

@@ -38,6 +38,7 @@ def loss_curves(curves: Mapping[str, Sequence[Sequence[float]]]) -> str:
         axis.plot([p[0] for p in points], [p[1] for p in points], color=COLORS["mim"], linewidth=1.4)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("step")
+    figure.tight_layout()
     return _svg(figure)
 
 
