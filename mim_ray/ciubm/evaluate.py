@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -61,7 +62,9 @@ def run(
     """
     torch.set_num_threads(worker_threads(scenario.ciubm))
     catalogue = Catalogue.open(f"{samples}/catalogue")
-    test = _read_test(f"{samples}/impressions/test", catalogue)
+    every_row = _read_test(f"{samples}/impressions/test", catalogue)
+    judged = every_row.label >= 0
+    test = every_row.take(judged)
     scores: dict[str, np.ndarray] = {}
     seed_aucs: dict[str, list[float | None]] = {}
     cosine: np.ndarray | None = None
@@ -70,11 +73,11 @@ def run(
         snapshot = None if snapshot_uri is None else Snapshot.open(snapshot_uri)
         ranker = load_ranker(uri, encoder_version=None if snapshot is None else snapshot.encoder_version)
         by_seed, likeness = predict(ranker, snapshot, f"{samples}/impressions/test", name)
-        scores[name] = by_seed.mean(axis=0)
-        seed_aucs[name] = [auc(test.label, prob) for prob in by_seed]
+        write_predictions(f"{output}/predictions/{name}.parquet", every_row.impression_id, by_seed.mean(axis=0))
+        scores[name] = by_seed.mean(axis=0)[judged]
+        seed_aucs[name] = [auc(test.label, prob[judged]) for prob in by_seed]
         if likeness is not None and (cosine is None or name.endswith("-mim")):
-            cosine = likeness
-        write_predictions(f"{output}/predictions/{name}.parquet", test.impression_id, scores[name])
+            cosine = likeness[judged]
 
     first_positive_at, popularity = _train_positives(samples, catalogue, test)
     references = {"popularity": popularity}
@@ -97,6 +100,7 @@ def run(
     created = created_buckets(test.item, _created_at(catalogue, test))
     result: dict[str, Any] = {
         "num_rows": len(test.label),
+        "num_rows_without_label": int((~judged).sum()),
         "num_positives": int(test.label.sum()),
         "num_users": int(test.user.max(initial=-1)) + 1,
         "models": {name: {**models[name], "seed_aucs": seed_aucs[name]} for name in variants},
@@ -164,13 +168,27 @@ def write_predictions(uri: str, impression_id: pa.Array, prob: np.ndarray) -> No
 
 @dataclass(frozen=True)
 class _TestRows:
-    """Test rows without their behaviors. `item` numbers the targets; `row` is their catalogue row, -1 unknown."""
+    """Test rows without their behaviors.
+
+    Attributes:
+        label: 0, 1, or -1 where the user's own table gives none: such rows are predicted, not judged.
+        item: numbers the targets. row: their catalogue row, -1 unknown.
+    """
 
     impression_id: pa.Array
     label: np.ndarray
     user: np.ndarray
     item: np.ndarray
     row: np.ndarray
+
+    def take(self, mask: np.ndarray) -> _TestRows:
+        return _TestRows(
+            self.impression_id.filter(pa.array(mask)),
+            self.label[mask],
+            self.user[mask],
+            self.item[mask],
+            self.row[mask],
+        )
 
 
 def _read_test(uri: str, catalogue: Catalogue) -> _TestRows:
@@ -185,7 +203,7 @@ def _read_test(uri: str, catalogue: Catalogue) -> _TestRows:
     item = np.asarray(items.indices.fill_null(0)).astype(np.int64)
     return _TestRows(
         impression_id=pa.concat_arrays(table["impression_id"].chunks),
-        label=np.asarray(table["label"]).astype(np.int64),
+        label=np.asarray(pc.fill_null(table["label"], -1)).astype(np.int64),
         user=np.asarray(users.indices.fill_null(0)).astype(np.int64),
         item=item,
         row=catalogue.rows(items.dictionary)[item],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -79,6 +81,35 @@ def test_content_is_learnt_and_every_row_predicted(models: dict[str, str], small
     assert predictions["impression_id"].to_pylist() == test["impression_id"].to_pylist()
     assert np.isfinite(predictions["prob"].to_numpy()).all()
     assert any(label == "mean cosine" for label, _ in result.rows)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("unlabelled", ["half", "all"])
+def test_rows_without_a_label_are_predicted_but_not_judged(
+    models: dict[str, str], small_shop: Any, tmp_path: Path, unlabelled: str
+) -> None:
+    samples = tmp_path / "samples"
+    shutil.copytree(small_shop.samples, samples)
+    table = pq.read_table(samples / "impressions" / "test")
+    hidden = np.arange(len(table)) % 2 == 0 if unlabelled == "half" else np.ones(len(table), bool)
+    labels = pa.array(table["label"].to_numpy(), pa.int8(), mask=hidden)
+    shutil.rmtree(samples / "impressions" / "test")
+    (samples / "impressions" / "test").mkdir()
+    column = table.schema.get_field_index("label")
+    pq.write_table(table.set_column(column, "label", labels), samples / "impressions" / "test" / "part-00000.parquet")
+    evaluate.run(
+        _scenario(),
+        samples=str(samples),
+        variants={"sim-base": models["sim-base"]},
+        snapshots={"sim-base": None},
+        truth=None,
+        output=str(tmp_path),
+    )
+    found = artifacts.read_json(f"{tmp_path}/evaluation.json")
+    assert found["num_rows"] == len(table) - hidden.sum()
+    assert found["num_rows_without_label"] == hidden.sum()
+    assert (found["models"]["sim-base"]["auc"]["value"] is None) == (unlabelled == "all")
+    assert pq.read_metadata(f"{tmp_path}/predictions/sim-base.parquet").num_rows == len(table)
 
 
 @pytest.mark.ray
