@@ -47,7 +47,7 @@ format: $(STAMP)  ## format the code
 wheel: $(STAMP)  ## build dist/mim_ray-*.whl
 	$(BIN)/python -m build --wheel --no-isolation
 
-lock: $(UV)  ## renew requirements.lock from pyproject.toml
+lock: $(STAMP)  ## renew requirements.lock from pyproject.toml
 	$(UV) pip compile -q --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
 	  --extra dev pyproject.toml -o requirements.lock
 
