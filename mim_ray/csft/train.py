@@ -32,7 +32,7 @@ from mim_ray.runtime.progress import Progress
 from mim_ray.runtime.summary import StageResult
 from mim_ray.training import checkpoint
 from mim_ray.training.optim import average_gradients, check_finite, parameter_groups, warmup_cosine
-from mim_ray.training.run import rank, report, run_workers, world_size
+from mim_ray.training.run import rank, report, run_workers, worker_device, world_size
 
 _CURVE_POINTS = 200
 _MAX_GRADIENT_NORM = 1.0
@@ -84,7 +84,7 @@ class Trainer:
         self.settings: Csft = self.scenario.csft
         self.output, samples = config["output"], config["samples"]
         torch.manual_seed(self.scenario.run.seed * 1_000 + rank())
-        self.device = torch.device("cuda" if self.settings.use_gpu else "cpu")
+        self.device = worker_device(self.settings.use_gpu)
         self.encoder = ItemEncoder.load(config["encoder"], self.scenario.encoders).to(self.device)
         self.objective = CsftObjective(
             temperature=self.settings.temperature,

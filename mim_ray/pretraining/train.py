@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer
 
 from mim_ray import artifacts
@@ -24,7 +23,7 @@ from mim_ray.pretraining.dataset import Items, Pictures, PretrainingData, Share,
 from mim_ray.pretraining.phases import PHASES, Context, pretrain
 from mim_ray.runtime.progress import format_seconds
 from mim_ray.runtime.summary import StageResult
-from mim_ray.training.run import rank, report, run_workers, world_size
+from mim_ray.training.run import rank, report, run_workers, worker_device, world_size
 
 _MOST_TITLES = 1_000_000  # that the tokenizer is trained on
 
@@ -69,7 +68,7 @@ def _worker(config: dict[str, Any]) -> None:
     if artifacts.exists(f"{output}/progress/progress.json"):
         done = artifacts.read_json(f"{output}/progress/progress.json")
         start = f"{output}/progress/{_last(done)}"
-    device = _device(scenario)
+    device = worker_device(scenario.pretraining.use_gpu)
     encoder = ItemEncoder.load(start).to(device)
     catalogue = Catalogue.open(f"{samples}/catalogue")
     vision = scenario.encoders.vision
@@ -100,15 +99,6 @@ def _worker(config: dict[str, Any]) -> None:
 
 def _last(phases: Mapping[str, Any]) -> str:
     return [name for name in PHASES if name in phases][-1]
-
-
-def _device(scenario: Scenario) -> torch.device:
-    if not scenario.pretraining.use_gpu:
-        return torch.device("cpu")
-    from ray.train.torch import get_device
-
-    device = get_device()
-    return device if isinstance(device, torch.device) else device[0]
 
 
 def _validation_start(samples: str) -> int:

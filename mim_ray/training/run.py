@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.torch
 import torch
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
@@ -103,6 +104,14 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def worker_device(use_gpu: bool) -> torch.device:
+    """Where this worker computes: the GPU that Ray gave it, else (none asked for, or none that CUDA knows) the CPU."""
+    if not use_gpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    given = ray.train.torch.get_device()
+    return given if isinstance(given, torch.device) else given[0]
+
+
 def _fit(trainer: TorchTrainer) -> dict[str, Any]:
     result: Any = trainer.fit()
     return dict(result.return_value)
@@ -121,10 +130,11 @@ def _trainer(
     if workers.use_gpu:
         resources["GPU"] = 1
     run_config: Any = RunConfig  # ray.train gives Train v2's class; its annotations still name the old one
+    nccl = workers.use_gpu and bool(ray.get(_has_cuda.remote()))
     return _Trainer(
         _on_worker(loop, threads),  # type: ignore[arg-type]
         train_loop_config=dict(config),
-        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=TorchConfig(backend="nccl" if nccl else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=workers.use_gpu, resources_per_worker=resources),
         run_config=run_config(
             name=name,
@@ -134,6 +144,12 @@ def _trainer(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+
+
+@ray.remote(num_gpus=1, num_cpus=0)
+def _has_cuda() -> bool:
+    """Whether what Ray counts as a GPU is one for torch; a Ray that was only told that it has one trains with gloo."""
+    return torch.cuda.is_available()
 
 
 class _Trainer(TorchTrainer):

@@ -35,6 +35,25 @@ def test_workers_form_one_process_group_and_rank_0_reports(ray_cluster: None, tm
     assert metrics == {"rank": 0, "world": 2, "sum": 6.0, "curve": [1, 2]}
 
 
+def test_workers_that_ask_for_a_gpu_get_it_and_train_on_the_cpu_where_it_is_a_pretended_one(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    def loop(config: dict[str, Any]) -> None:
+        import ray
+
+        from mim_ray.training.run import report, worker_device
+
+        report(
+            {"gpus": len(ray.get_runtime_context().get_accelerator_ids()["GPU"]), "device": worker_device(True).type}
+        )
+
+    workers = Workers(num_workers=1, use_gpu=True, in_driver=True)
+    metrics = run_workers(loop, {}, workers=workers, name="gpu", storage=str(tmp_path))
+    import torch
+
+    assert metrics == {"gpus": 1, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+
+
 def test_an_error_raised_on_purpose_ends_the_run_at_once_and_keeps_its_type(ray_cluster: None, tmp_path: Path) -> None:
     def loop(config: dict[str, Any]) -> None:
         from mim_ray.errors import NonFiniteLossError
