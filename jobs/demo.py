@@ -8,8 +8,7 @@
 
 import sys
 
-from mim_ray.pipeline.cli import run_job
-from mim_ray.pipeline.run_all import run_all
+from mim_ray.pipeline.cli import run_all_main
 
 if __name__ == "__main__":
-    run_job(__doc__, run_all, ["run.root=runs/demo", *sys.argv[1:]])
+    run_all_main(__doc__, ["run.root=runs/demo", *sys.argv[1:]])

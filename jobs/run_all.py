@@ -6,8 +6,7 @@
 The folder holds items.parquet and interactions.parquet (and, if there are, impressions and interest_pairs).
 """
 
-from mim_ray.pipeline.cli import run_job
-from mim_ray.pipeline.run_all import run_all
+from mim_ray.pipeline.cli import run_all_main
 
 if __name__ == "__main__":
-    run_job(__doc__, run_all)
+    run_all_main(__doc__)

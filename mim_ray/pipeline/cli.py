@@ -1,4 +1,7 @@
-"""The entry of every job: read the scenario, run what is missing, tell the user's mistakes in a sentence."""
+"""The entry of every job: read the scenario, run what is missing, tell the user's mistakes in a sentence.
+
+Libraries are imported when the command line has been read, so that `--help` and a misspelt setting answer at once.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,49 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mim_ray.config import Scenario, scenario_from_cli
-from mim_ray.pipeline.graph import pipeline
-from mim_ray.runtime.cluster import user_error
+from mim_ray.errors import MimRayError
 
 
 def job_main(doc: str | None, prefix: str, argv: Sequence[str] | None = None) -> None:
     """Run the stage called `prefix`, or all stages below that folder, and whatever they need."""
 
     def job(scenario: Scenario) -> None:
+        from mim_ray.pipeline.graph import pipeline
+
         chain = pipeline(scenario)
         chain.run([name for name in chain.stages if name == prefix or name.startswith(prefix + "/")])
 
-    run_job(doc, job, argv)
+    _run(doc, job, argv)
 
 
-def run_job(doc: str | None, job: Callable[[Scenario], object], argv: Sequence[str] | None = None) -> None:
-    """Call `job` with the scenario of the command line. A user's mistake prints a sentence and exits with 2."""
+def run_all_main(doc: str | None, argv: Sequence[str] | None = None) -> None:
+    """Run all stages, then the report."""
+
+    def job(scenario: Scenario) -> None:
+        from mim_ray.pipeline.run_all import run_all
+
+        run_all(scenario)
+
+    _run(doc, job, argv)
+
+
+def _run(doc: str | None, job: Callable[[Scenario], None], argv: Sequence[str] | None) -> None:
     try:
         job(scenario_from_cli(doc, argv))
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on after the last finished stage.", file=sys.stderr)
         sys.exit(130)
+    except MimRayError as error:
+        _tell(error)
     except Exception as error:
+        from mim_ray.runtime.cluster import user_error
+
         cause = user_error(error)
         if cause is None:
             raise
-        print(f"{type(cause).__name__}: {cause}", file=sys.stderr)
-        sys.exit(2)
+        _tell(cause)
+
+
+def _tell(error: MimRayError) -> None:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    sys.exit(2)

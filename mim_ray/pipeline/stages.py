@@ -90,6 +90,7 @@ class Pipeline:
                 return
             for parent in self.stages[name].parents:
                 visit(parent)
+            self.fingerprint(name)  # what is wrong with the user's tables is told before anything starts
             order.append(name)
 
         for target in targets:
