@@ -28,7 +28,9 @@ SMALL = (
     "pretraining.vision_dda_steps=10",
     "pretraining.text_dda_steps=20",
     "pretraining.dma_steps=40",
-    "csft.steps=60",
+    "csft.steps=100",
+    "csft.past_warmup_steps=90",
+    "ciubm.batch_size=128",
     "evaluation.num_bootstrap=100",
 )
 
