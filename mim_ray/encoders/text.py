@@ -41,6 +41,7 @@ class TextTower(nn.Module):
         self.net.pooler = None  # its weights would get no gradient: the first token's state is taken as it is
         self.width = int(self.net.config.hidden_size)
         self.max_tokens = max_tokens
+        self.causal = self.net.config.model_type in ("gpt2", "openai-gpt")
         self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self.special = special_tokens(self.tokenizer)
         self.tokenizer.enable_truncation(max_tokens)

@@ -1,26 +1,37 @@
 """What pre-training sees: images, titles and pairs of the catalogue, from before the CTR validation starts.
 
-A part of the items, chosen by a hash of their ids, is held out and measured, never trained on.
+A part of the items, chosen by a hash of their ids, is held out and measured, never trained on. The input of a step is a
+function of (seed, phase, rank, P, step) alone, so it can be made anywhere and a resumed run sees the same rows.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mim_ray.data.batches import catalogue_batches, prefetch
+from mim_ray.data.batches import prefetch
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.data.ids import hash_ids
 from mim_ray.data.transforms import Resize, decode_images
+from mim_ray.errors import DataError
 
+PhaseName = Literal["image", "text", "alignment"]
+PHASES: tuple[PhaseName, ...] = ("image", "text", "alignment")
 HELD_OUT_RATIO = 0.05
 MOST_HELD_OUT = 1_024
 """Held-out items that are measured; more would only cost time."""
+Batch = dict[str, np.ndarray]
+"""Named arrays of one step: rows (B,) int64 of the catalogue; pixels uint8 (B, 3, S, S) and broken (n,) int64, the rows
+whose pictures could not be decoded; titles as JSON bytes (`titles_in`); keys (B, 2) int64, equal where the title, or the
+picture, is the same."""
 _CACHE_BYTES = 512 * 2**20
+_MOST_DRAWS = 20  # of other rows for pictures that cannot be decoded
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,10 @@ class Items:
     held_out_image: np.ndarray
     held_out_title: np.ndarray
     held_out_both: np.ndarray
+
+    def trained(self, phase: PhaseName) -> np.ndarray:
+        """The rows that a phase trains on."""
+        return {"image": self.with_image, "text": self.with_title, "alignment": self.with_both}[phase]
 
 
 def choose_items(catalogue: Catalogue, before_us: int) -> Items:
@@ -55,7 +70,7 @@ def choose_items(catalogue: Catalogue, before_us: int) -> Items:
 
 
 class Pictures:
-    """Decoded pictures of catalogue rows; kept in memory where the whole catalogue fits `cache_bytes`."""
+    """Decoded pictures of catalogue rows; kept in memory where the whole catalogue fits `cache_bytes`. Pickles without them."""
 
     def __init__(
         self,
@@ -66,39 +81,46 @@ class Pictures:
         max_pixels: int,
         cache_bytes: int = _CACHE_BYTES,
     ) -> None:
-        self._catalogue, self._size, self._resize = catalogue, size, resize
+        self._arguments = (catalogue, size, resize, max_bytes, max_pixels, cache_bytes)
+        self.catalogue, self._size, self._resize = catalogue, size, resize
         self._limits = (max_bytes, max_pixels)
         self._kept: np.ndarray | None = None
         if catalogue.num_items * 3 * size * size <= cache_bytes:
             self._kept = np.empty((catalogue.num_items, 3, size, size), np.uint8)  # pages are taken as they are filled
         self._state = np.zeros(catalogue.num_items, np.int8)  # 0 not decoded yet, 1 decoded, 2 unusable
-        self.num_unusable = 0
+
+    def __reduce__(self) -> tuple[type[Pictures], tuple[Any, ...]]:
+        return Pictures, self._arguments
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (B, 3, S, S) and the rows they are of: a row whose picture cannot be decoded gives way to the next usable."""
+        """uint8 (B, 3, S, S) and (B,) bool: whether the row's picture could be decoded."""
         if self._kept is None:
-            pixels, usable = self._decode(rows)
-        else:
-            missing = np.unique(rows[self._state[rows] == 0])
-            if len(missing):
-                self._kept[missing], fine = self._decode(missing)
-                self._state[missing] = np.where(fine, 1, 2)
-            pixels, usable = self._kept[rows], self._state[rows] == 1
-        if usable.all() or not usable.any():
-            return pixels, rows
-        self.num_unusable += int((~usable).sum())
-        good = np.flatnonzero(usable)
-        source = good[np.searchsorted(good, np.arange(len(rows))) % len(good)]  # itself, or the next usable
-        return pixels[source], rows[source]
+            return self._decode(rows)
+        missing = np.unique(rows[self._state[rows] == 0])
+        if len(missing):
+            self._kept[missing], fine = self._decode(missing)
+            self._state[missing] = np.where(fine, 1, 2)
+        return self._kept[rows], self._state[rows] == 1
 
     def _decode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        images = self._catalogue.take(rows, ["image"]).column("image").to_pylist()
+        images = self.catalogue.take(rows, ["image"]).column("image").to_pylist()
         return decode_images(images, self._size, self._resize, *self._limits)
 
 
 def titles_of(catalogue: Catalogue, rows: np.ndarray) -> list[str]:
     """Titles by row, empty where missing."""
     return [title or "" for title in catalogue.take(rows, ["title"]).column("title").to_pylist()]
+
+
+def content_keys(catalogue: Catalogue, rows: np.ndarray) -> np.ndarray:
+    """(B, 2) int64: a hash of each row's title and one of its picture's bytes."""
+    table = catalogue.take(rows, ["title", "image"])
+    titles = [(title or "").encode() for title in table.column("title").to_pylist()]
+    keys = [
+        [_key(title), _key(image or b"")]
+        for title, image in zip(titles, table.column("image").to_pylist(), strict=True)
+    ]
+    return np.array(keys, np.int64).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -111,32 +133,116 @@ class Share:
     world: int
 
 
-class PretrainingData:
-    """Batches of a catalogue for one worker, made ahead in a thread."""
+class Batches:
+    """The input of one phase for one worker: `batches(step)`, any step in any order. Pickles as paths and settings.
 
-    def __init__(self, catalogue: Catalogue, pictures: Pictures, share: Share) -> None:
-        self.catalogue, self.pictures, self._share = catalogue, pictures, share
+    Every epoch is a new order of all items, dealt evenly to the workers; all workers have batches of one size.
 
-    def images(self, rows: np.ndarray, num_steps: int) -> Iterator[Tensor]:
-        """uint8 (B, 3, S, S) per step."""
-        return prefetch(torch.from_numpy(self.pictures.take(batch)[0]) for batch in self._rows(rows, num_steps))
+    Args:
+        before_us: items that existed before this time (microseconds UTC) are used.
+        items: what `choose_items` says, where it is known already.
+    """
 
-    def titles(self, rows: np.ndarray, num_steps: int) -> Iterator[list[str]]:
-        """B titles per step."""
-        return prefetch(titles_of(self.catalogue, batch) for batch in self._rows(rows, num_steps))
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        pictures: Pictures,
+        phase: PhaseName,
+        share: Share,
+        before_us: int,
+        items: Items | None = None,
+    ) -> None:
+        self.catalogue, self.pictures, self.phase, self.share = catalogue, pictures, phase, share
+        self._before_us = before_us
+        if items is not None:
+            self.rows = items.trained(phase)
+        self._order, self._order_of = np.zeros(0, np.int64), -1
 
-    def pairs(self, rows: np.ndarray, num_steps: int) -> Iterator[tuple[Tensor, list[str]]]:
-        """Images and their titles per step."""
-        return prefetch(self.pair(batch) for batch in self._rows(rows, num_steps))
+    def __reduce__(self) -> tuple[type[Batches], tuple[Any, ...]]:
+        return Batches, (self.catalogue, self.pictures, self.phase, self.share, self._before_us)
 
-    def pair(self, rows: np.ndarray) -> tuple[Tensor, list[str]]:
-        """uint8 (B, 3, S, S) and B titles of given rows."""
-        pixels, rows = self.pictures.take(rows)
-        return torch.from_numpy(pixels), titles_of(self.catalogue, rows)
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The items of this phase, (n,) int64."""
+        return choose_items(self.catalogue, self._before_us).trained(self.phase)
 
-    def titles_of(self, rows: np.ndarray) -> list[str]:
-        return titles_of(self.catalogue, rows)
+    def __call__(self, step: int) -> Batch:
+        """What `step` trains on.
 
-    def _rows(self, rows: np.ndarray, num_steps: int) -> Iterator[np.ndarray]:
-        share = self._share
-        return catalogue_batches(self.catalogue, rows, share.batch_size, share.seed, share.rank, share.world, num_steps)
+        Raises:
+            DataError: there are no items, or none of those drawn has a picture that can be decoded.
+        """
+        rows = self.rows_of(step)
+        if self.phase == "text":
+            return {"rows": rows, "titles": titles_as_bytes(titles_of(self.catalogue, rows))}
+        rows, pixels, broken = self._with_pixels(rows, step)
+        batch = {"rows": rows, "pixels": pixels, "broken": broken}
+        if self.phase == "alignment":
+            batch["titles"] = titles_as_bytes(titles_of(self.catalogue, rows))
+            batch["keys"] = content_keys(self.catalogue, rows)
+        return batch
+
+    def steps(self, start: int, stop: int) -> Iterator[Batch]:
+        """Steps `start` to `stop` − 1, made ahead in a thread."""
+        return prefetch(self(step) for step in range(start, stop))
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """(B,) rows of `step`, before unusable pictures are replaced.
+
+        Raises:
+            DataError: there are no items.
+        """
+        if not len(self.rows):
+            raise DataError(
+                "No items are left to train on. See the summary of the samples stage for what was rejected."
+            )
+        share = self.share
+        rank_rows = max(1, len(self.rows) // share.world)
+        batch_size = min(share.batch_size, rank_rows)
+        epoch, place = divmod(step, rank_rows // batch_size)
+        if epoch != self._order_of:
+            random = np.random.default_rng([share.seed, PHASES.index(self.phase), epoch])
+            self._order, self._order_of = random.permutation(self.rows), epoch
+        start = share.rank * rank_rows + place * batch_size
+        return self._order[np.arange(start, start + batch_size) % len(self.rows)]
+
+    def _with_pixels(self, rows: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows whose pictures can be decoded, their pixels, and the rows that gave way to others drawn at random."""
+        pixels, fine = self.pictures.take(rows)
+        if fine.all():
+            return rows, pixels, np.zeros(0, np.int64)
+        share = self.share
+        random = np.random.default_rng([share.seed, PHASES.index(self.phase), share.rank, share.world, step])
+        rows, pixels, broken = rows.copy(), pixels.copy(), []
+        for _ in range(_MOST_DRAWS):
+            bad = np.flatnonzero(~fine)
+            if not len(bad):
+                break
+            broken.append(rows[bad])
+            rows[bad] = random.choice(self.rows, len(bad))
+            pixels[bad], fine[bad] = self.pictures.take(rows[bad])
+        if not fine.all():
+            broken.append(rows[~fine])
+            if not fine.any():
+                raise DataError(
+                    f"Of {len(np.unique(np.concatenate(broken)))} pictures drawn for a step of pre-training none could be"
+                    " decoded, though the samples stage accepted them. Run the samples stage again."
+                )
+            good = np.flatnonzero(fine)
+            rows[~fine], pixels[~fine] = rows[good[0]], pixels[good[0]]
+        return rows, pixels, np.unique(np.concatenate(broken))
+
+
+def titles_as_bytes(titles: list[str]) -> np.ndarray:
+    """Titles as uint8 JSON, to travel between processes."""
+    return np.frombuffer(json.dumps(titles).encode(), np.uint8)
+
+
+def titles_in(batch: Batch) -> list[str]:
+    """The titles of a batch."""
+    titles: list[str] = json.loads(batch["titles"].tobytes())
+    return titles
+
+
+def _key(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)

@@ -82,7 +82,10 @@ def scenario() -> Scenario:
             "vision_dda_steps": 20,
             "text_dda_steps": 30,
             "dma_steps": 60,
-            "learning_rate": 5e-3,
+            "vision_dda_learning_rate": 5e-3,
+            "text_dda_learning_rate": 5e-3,
+            "dma_learning_rate": 5e-3,
+            "dma_tower_learning_rate": 5e-3,
             "threads_per_worker": 1,
         },
     }
