@@ -54,6 +54,9 @@ class Data(Section):
     root: str | None = None
     """Folder or URI with items and interactions (and, if there are, impressions and interest_pairs), each NAME.parquet
     (a file or a folder) or NAME (a Delta table or a folder of Parquet files). Without it the synthetic shop is built."""
+    images_root: str | None = None
+    """Folder or URI below which an item's image_uri may point, and from which a relative one is read. Default: data.root.
+    Nothing else is read, nothing is fetched over HTTP."""
     max_image_bytes: Positive = 8_000_000
     """An encoded image larger than this is rejected before decoding."""
     max_image_pixels: Positive = 50_000_000

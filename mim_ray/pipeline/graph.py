@@ -37,7 +37,7 @@ def pipeline(scenario: Scenario) -> Pipeline:
         Stage(
             "samples",
             "Samples: interest pairs and impressions",
-            ("samples", "data.max_image_bytes", "data.max_image_pixels", "data.max_title_chars"),
+            ("samples", "data.images_root", "data.max_image_bytes", "data.max_image_pixels", "data.max_title_chars"),
             ("shop",) if synthetic_shop else (),
             _samples,
             reads_user_tables=True,
