@@ -173,8 +173,8 @@ class Trainer:
         nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
         self.optimizer.step()
         self.objective.clamp()
-        if self.step >= settings.past_warmup_steps - settings.num_past_batches:  # ready when they join
-            self.past.push(result.fresh)
+        if result.fresh is not None and self.step >= settings.past_warmup_steps - settings.num_past_batches:
+            self.past.push(result.fresh)  # ready when they join
         losses = self._losses(result)
         if self.step % max(1, settings.steps // _CURVE_POINTS) == 0 or self.step == settings.steps - 1:
             self.curve.append([self.step, *losses])
