@@ -23,7 +23,7 @@ from mim_ray.contrastive.gather import gather_with_grad, place
 
 MAX_LOGIT_SCALE = 100.0
 _TILE_NUMBERS = 2**20  # of one tile of logits: 4 MB
-_SAFE_SCALE = 60.0  # up to here exp(±scale) and sums of a million of them fit float32 without subtracting a maximum
+_SAFE_LOGIT = 60.0  # up to here exp(±logit) and sums of a million of them fit float32 without subtracting a maximum
 
 
 def info_nce(
@@ -35,6 +35,7 @@ def info_nce(
     past: Tensor | None = None,
     mask: Tensor | None = None,
     valid: Tensor | None = None,
+    bias: Tensor | None = None,
     tile: int | None = None,
 ) -> Tensor:
     """Mean over the queries of Eq. 5: how hard each query's positive is to tell from all other candidates.
@@ -48,10 +49,12 @@ def info_nce(
         mask: what is no negative: bool (B, M + K'), True where a candidate must not count for a query; or int64 (2, n),
             the same as pairs (query, candidate). Columns are `candidates` then `past`. A positive always counts.
         valid: (M + K',) bool, False for candidates that take no part at all.
+        bias: (M + K',) finite, without gradient, added to a candidate's logits, the positive's own included: for the
+            correction of sampling frequencies (Yi et al., RecSys 2019), minus the log of how often it is drawn.
         tile: candidates handled at once; chosen from B by default.
 
     Returns:
-        Scalar. Departs from the paper: temperature and mask.
+        Scalar. Departs from the paper: temperature, mask and bias.
     """
     return info_nce_rows(
         queries,
@@ -61,6 +64,7 @@ def info_nce(
         past=past,
         mask=mask,
         valid=valid,
+        bias=bias,
         tile=tile,
     ).mean()
 
@@ -74,6 +78,7 @@ def info_nce_rows(
     past: Tensor | None = None,
     mask: Tensor | None = None,
     valid: Tensor | None = None,
+    bias: Tensor | None = None,
     tile: int | None = None,
 ) -> Tensor:
     """`info_nce` before the mean: (B,) losses."""
@@ -84,8 +89,13 @@ def info_nce_rows(
         past = candidates.new_empty((0, candidates.shape[1]))
     hidden = _Hidden.of(mask, valid, positive_index, len(candidates), len(past))
     tile = tile or max(256, _TILE_NUMBERS // max(1, len(queries)))
-    lse: Tensor = _LogSumExp.apply(queries, candidates, scale, past, hidden, tile)
     positive = scale * (queries * candidates[positive_index]).sum(-1)
+    if bias is not None:
+        assert bias.shape == (len(candidates) + len(past),)
+        bias = bias.detach().float()
+        bias = bias - (bias.max() + bias.min()) / 2  # a constant changes no softmax; so the numbers stay small
+        positive = positive + bias[positive_index]
+    lse: Tensor = _LogSumExp.apply(queries, candidates, scale, past, hidden, bias, tile)
     return lse - positive
 
 
@@ -158,14 +168,21 @@ class _Hidden:
 
 
 class _LogSumExp(torch.autograd.Function):
-    """(B,) log Σ_j exp(scale · q·c_j) over fresh and past candidates."""
+    """(B,) log Σ_j exp(scale · q·c_j + bias_j) over fresh and past candidates."""
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, fresh: Tensor, scale: Tensor, past: Tensor, hidden: _Hidden | None, tile: int
+        ctx: Any,
+        queries: Tensor,
+        fresh: Tensor,
+        scale: Tensor,
+        past: Tensor,
+        hidden: _Hidden | None,
+        bias: Tensor | None,
+        tile: int,
     ) -> Tensor:
         scaled = queries * scale
-        bounded = float(scale) <= _SAFE_SCALE
+        bounded = float(scale if bias is None else scale + bias.abs().max()) <= _SAFE_LOGIT
         num_rows, width = queries.shape
         top = queries.new_zeros((num_rows, 1)) if bounded else queries.new_full((num_rows, 1), -torch.inf)
         total = queries.new_zeros(num_rows)
@@ -174,7 +191,7 @@ class _LogSumExp(torch.autograd.Function):
         for start, block in _tiles(fresh, past, tile):
             block = block.to(queries.dtype)  # (t, D)
             logits = buffer[: num_rows * len(block)].view(num_rows, len(block))
-            torch.mm(scaled, block.T, out=logits)
+            _logits(scaled, block, bias, start, out=logits)
             if hidden is not None:
                 hidden.clear(logits, start, start + len(block))
             if not bounded:
@@ -191,7 +208,7 @@ class _LogSumExp(torch.autograd.Function):
         mean.div_(total.unsqueeze(1))
         lse = total.log_().add_(top.squeeze(1))
         ctx.save_for_backward(queries, fresh, scale, mean, lse)
-        ctx.hidden, ctx.tile, ctx.bounded = hidden, tile, bounded
+        ctx.hidden, ctx.bias, ctx.tile, ctx.bounded = hidden, bias, tile, bounded
         return lse
 
     @staticmethod
@@ -208,13 +225,20 @@ class _LogSumExp(torch.autograd.Function):
             factor = grad * scale * torch.exp(-lse) if ctx.bounded else grad * scale
             weighted = queries * factor.unsqueeze(1)  # (B, D)
             for start, block in _tiles(fresh, fresh[:0], ctx.tile):
-                logits = torch.mm(scaled, block.T)  # (B, t)
+                logits = _logits(scaled, block, ctx.bias, start)  # (B, t)
                 if ctx.hidden is not None:
                     ctx.hidden.clear(logits, start, start + len(block))
                 if not ctx.bounded:
                     logits.sub_(lse.unsqueeze(1))
                 torch.mm(logits.exp_().T, weighted, out=grad_fresh[start : start + len(block)])
-        return grad_queries, grad_fresh, grad_scale, None, None, None
+        return grad_queries, grad_fresh, grad_scale, None, None, None, None
+
+
+def _logits(scaled: Tensor, block: Tensor, bias: Tensor | None, start: int, out: Tensor | None = None) -> Tensor:
+    """(B, t) of the columns from `start` on."""
+    if bias is None:
+        return torch.mm(scaled, block.T, out=out)
+    return torch.addmm(bias[start : start + len(block)], scaled, block.T, out=out)
 
 
 def _tiles(fresh: Tensor, past: Tensor, tile: int) -> list[tuple[int, Tensor]]:

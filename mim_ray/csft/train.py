@@ -23,6 +23,7 @@ from mim_ray.csft.negatives import HardNegativeSampler, PastBatches
 from mim_ray.csft.objective import LEVELS, CsftLoss, CsftObjective, LocalBatch
 from mim_ray.csft.purchases import Purchases
 from mim_ray.csft.retrieval import ages, choose_gallery, embed_items, mean_drift, measure
+from mim_ray.csft.supervision import pair_signal
 from mim_ray.data.batches import RowBatches, num_rows
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.data.ids import hash_ids
@@ -97,7 +98,8 @@ class Trainer:
         self.past = PastBatches(self.settings.num_past_batches)
         self.catalogue = Catalogue.open(f"{samples}/catalogue")
         self.loader = ItemLoader(self.catalogue, self.encoder, self.scenario.data)
-        self.source = PairSource(self.loader, signal=self.settings.signal, held_out_ratio=self.settings.held_out_ratio)
+        signal = pair_signal(self.settings.supervision)
+        self.source = PairSource(self.loader, signal=signal, held_out_ratio=self.settings.held_out_ratio)
         pairs = f"{samples}/interest_pairs"
         self.held_out = self.source.held_out(pairs, self.settings.max_held_out)
         self.source.rejected.clear()
@@ -173,8 +175,8 @@ class Trainer:
         nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
         self.optimizer.step()
         self.objective.clamp()
-        if self.step >= settings.past_warmup_steps - settings.num_past_batches:  # ready when they join
-            self.past.push(result.fresh)
+        if result.fresh is not None and self.step >= settings.past_warmup_steps - settings.num_past_batches:
+            self.past.push(result.fresh)  # ready when they join
         losses = self._losses(result)
         if self.step % max(1, settings.steps // _CURVE_POINTS) == 0 or self.step == settings.steps - 1:
             self.curve.append([self.step, *losses])
