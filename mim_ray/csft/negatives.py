@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from mim_ray.contrastive.info_nce import same_key_pairs
+from mim_ray.data.catalogue import Catalogue
+from mim_ray.data.ids import hash_ids
 
 _DRAWS = 8
 _MOST_TRIED = 4_096
@@ -52,6 +54,14 @@ class HardNegativeSampler:
         self._members = with_category[np.argsort(categories[with_category], kind="stable")]
         num_categories = int(categories.max(initial=-1)) + 1
         self._starts = np.searchsorted(categories[self._members], np.arange(num_categories + 1))
+
+    @classmethod
+    def of_catalogue(cls, catalogue: Catalogue, eligible: np.ndarray) -> HardNegativeSampler:
+        """Args: eligible: catalogue rows that may be drawn."""
+        contents = hash_ids(catalogue.take(np.arange(catalogue.num_items), ["content_hash"]).column(0))
+        allowed = np.zeros(catalogue.num_items, bool)
+        allowed[eligible] = True
+        return cls(catalogue.category_codes[0], contents.view(np.int64), allowed)
 
     def draw(
         self, positives: np.ndarray, bought: tuple[np.ndarray, np.ndarray], random: np.random.Generator
