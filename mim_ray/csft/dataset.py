@@ -107,11 +107,12 @@ class ItemLoader:
     def __init__(self, catalogue: Catalogue, encoder: ItemEncoder, data: Data) -> None:
         self.catalogue = catalogue
         self._tokenize = encoder.text.tokenize
-        self._size, self._resize = encoder.image_size, encoder.resize
+        self._picture = encoder.picture
         self._limits = (data.max_image_bytes, data.max_image_pixels)
         self._kept: np.ndarray | None = None
-        if catalogue.num_items * 3 * self._size**2 <= _CACHE_BYTES:
-            self._kept = np.empty((catalogue.num_items, 3, self._size, self._size), np.uint8)
+        size = self._picture.size
+        if catalogue.num_items * 3 * size**2 <= _CACHE_BYTES:
+            self._kept = np.empty((catalogue.num_items, 3, size, size), np.uint8)
         self._state = np.zeros(catalogue.num_items, np.int8)  # 0 not decoded yet, 1 decoded, 2 no usable picture
 
     def items(
@@ -147,7 +148,7 @@ class ItemLoader:
 
     def decode(self, images: list[bytes | None]) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (n, 3, S, S) and (n,) bool of encoded pictures."""
-        return decode_images(images, self._size, self._resize, *self._limits)
+        return decode_images(images, self._picture, *self._limits)
 
     def _decode_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.decode(self.catalogue.take(rows, ["image"]).column("image").to_pylist())
