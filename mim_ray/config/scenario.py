@@ -137,10 +137,11 @@ class Vision(Section):
     """A timm model name (paper: EVA-02)."""
     weights: str | None = None
     """Local folder with safetensors, or `hub` for timm's public weights. None: random initialisation ("untrained")."""
-    image_size: Annotated[int, Field(ge=16)] = 224
-    """Side of the square input, in pixels."""
-    resize: Literal["shortest", "longest", "squash"] = "shortest"
-    """How a picture becomes square: crop the longer side, pad the shorter, or squash."""
+    image_size: Annotated[int, Field(ge=16)] | None = None
+    """Side of the square input, in pixels. Default: the model's own."""
+    resize: Literal["shortest", "longest", "squash"] | None = None
+    """How a picture becomes square: crop the longer side, pad the shorter with white, or squash, to the whole of
+    image_size. Default: the model's own way, with its own margin."""
     model_args: dict[str, int | float | bool | str | list[int]] = {}
     """Arguments of the architecture that differ from the named model's, for small versions."""
 
