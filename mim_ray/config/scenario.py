@@ -214,6 +214,8 @@ class Pretraining(Workers):
 class Csft(Workers):
     """Section 3.3: C-SFT with space-time negatives."""
 
+    num_decoders: Count = 2
+    """Ray Data tasks at once that read and decode pictures for each worker, on CPUs. 0: in a thread of the worker."""
     batch_size: Positive = 1_024
     """N, pairs per worker (paper: 1,024)."""
     steps: Positive = 2_000
@@ -222,7 +224,7 @@ class Csft(Workers):
     past_warmup_steps: Count = 100
     """Past batches join after this many steps: before, their embeddings drift too fast."""
     hard_negatives: bool = True
-    """One other item of the positive's category per pair (Table 5: part of ST-NSG)."""
+    """One other item of the positive's category per pair (part of ST-NSG). A catalogue without categories needs false."""
     text_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
     """alpha of Eq. 6 (paper: 0.5)."""
     image_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
@@ -261,8 +263,8 @@ class Csft(Workers):
     """Part of the pairs, by hash, that is never trained on and on which retrieval is measured."""
     max_held_out: Positive = 1_024
     """Held-out pairs measured at most."""
-    max_gallery: Positive = 50_000
-    """Items among which retrieval looks for the purchased one; a larger catalogue is sampled."""
+    max_gallery: Positive | None = None
+    """Items among which retrieval looks for the purchased one; a larger catalogue is sampled. Default: all items."""
     checkpoint_every_steps: Positive = 500
     """Steps between the checkpoints from which crashed workers go on."""
 

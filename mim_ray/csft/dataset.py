@@ -184,8 +184,7 @@ class PairChunks:
         ]
         drop = random.random((2, len(groups), len(pairs))) < self.settings.modality_dropout
         items = [
-            loader.items(rows, drop_image=drop[0, group], drop_text=drop[1, group])
-            for group, rows in enumerate(groups)
+            loader.items(rows, drop_image=drop[0, group], drop_text=drop[1, group]) for group, rows in enumerate(groups)
         ]
         whole = np.flatnonzero(np.all([part.has_image | part.has_text for part in items], axis=0))
         place, row = _places(owned, whole, len(pairs))
@@ -287,9 +286,7 @@ class PairBatches:
 
     _MOST_REJECTS = 10_000
 
-    def __init__(
-        self, chunks: Iterator[Chunk], position: Position, batch_size: int, chunks_per_epoch: int
-    ) -> None:
+    def __init__(self, chunks: Iterator[Chunk], position: Position, batch_size: int, chunks_per_epoch: int) -> None:
         self.position = position
         self.rejects: dict[str, str] = {}
         self.num_other_category = 0
@@ -336,9 +333,7 @@ class PairBatches:
         self._held.append((at, pairs[at.offset :]))
 
 
-def _places(
-    owned: tuple[np.ndarray, np.ndarray], kept: np.ndarray, num_pairs: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _places(owned: tuple[np.ndarray, np.ndarray], kept: np.ndarray, num_pairs: int) -> tuple[np.ndarray, np.ndarray]:
     """(place, row) of `kept` places only, counted from 0 among them."""
     new = np.full(num_pairs, -1, np.int64)
     new[kept] = np.arange(len(kept))

@@ -14,6 +14,7 @@ from mim_ray.data.ids import hash_ids
 from mim_ray.data.transforms import PictureFormat, decode_images
 
 _CACHE_BYTES = 256 * 2**20
+_ARRAYS = ("rows", "contents", "pixels", "has_image", "has_text")
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,15 @@ class Items:
 
     @staticmethod
     def joined(parts: list[Items]) -> Items:
-        names = ("rows", "contents", "pixels", "has_image", "has_text")
-        arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
-        return Items(*arrays, [title for part in parts for title in part.titles])
+        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
+        return Items(titles=[title for part in parts for title in part.titles], **arrays)
 
     def as_chunk(self) -> Chunk:
-        arrays = {name: getattr(self, name) for name in ("rows", "contents", "pixels", "has_image", "has_text")}
-        return arrays | {"titles": json_array(self.titles)}
+        return {name: getattr(self, name) for name in _ARRAYS} | {"titles": json_array(self.titles)}
 
     @staticmethod
     def of_chunk(chunk: Chunk) -> Items:
-        names = ("rows", "contents", "pixels", "has_image", "has_text")
-        return Items(*(chunk[name] for name in names), json_value(chunk["titles"]))
+        return Items(titles=json_value(chunk["titles"]), **{name: chunk[name] for name in _ARRAYS})
 
 
 class ItemLoader:

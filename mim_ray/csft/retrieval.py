@@ -67,20 +67,18 @@ def measure(
     positives = normalize(positives.view(len(pairs), len(LEVELS), -1), dim=-1)
     best = torch.einsum("qd,qld->ql", queries, positives)  # (Q, 3)
     left_out = torch.tensor(np.stack([pairs.items, pairs.query_items]), device=device)  # (2, Q) catalogue rows
-    higher, equal = (torch.zeros(len(LEVELS), len(pairs), dtype=torch.float64, device=device) for _ in range(2))
+    ahead, tied = (torch.zeros(len(LEVELS), len(pairs), dtype=torch.float64, device=device) for _ in range(2))
     num_items = torch.zeros((), dtype=torch.int64, device=device)
     for items in gallery:
         embedded = normalize(embed_items(encoder, items), dim=-1)  # (n, 3, D)
         rows = torch.tensor(items.rows, device=device)
-        counts = (rows != left_out.unsqueeze(2)).all(0)  # (Q, n)
+        counted = (rows != left_out.unsqueeze(2)).all(0)  # (Q, n)
         for index in range(len(LEVELS)):
-            there = embedded[:, index].abs().sum(1) > 0
-            scores = queries @ embedded[:, index].T - best[:, index].unsqueeze(1)  # (Q, n)
-            counted = counts & there
-            higher[index] += ((scores > _TIE) & counted).sum(1)
-            equal[index] += ((scores.abs() <= _TIE) & counted).sum(1)
+            found = ahead_and_tied(queries, embedded[:, index], best[:, index], counted)
+            ahead[index] += found[0]
+            tied[index] += found[1]
         num_items += len(items.rows)
-    ranks = (1 + total(higher) + total(equal) / 2).cpu().numpy()
+    ranks = (1 + total(ahead) + total(tied) / 2).cpu().numpy()
     encoder.train(was_training)
     result: dict[str, dict[str, float | None]] = {}
     for index, level in enumerate(LEVELS):
@@ -88,6 +86,18 @@ def measure(
         own = ranks[index][taking_part]
         result[level] = {f"recall@{k}": recall_at_k(own, k) for k in RECALL_AT} | {"mrr": mrr(own)}
     return result, int(total(num_items))
+
+
+def ahead_and_tied(queries: Tensor, items: Tensor, best: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q,) how many of the items are nearer to each query than its positive, and how many as near.
+
+    Args:
+        queries: (Q, D). items: (n, D); rows of zeros lack the modality and do not count.
+        best: (Q,) inner product of each query with its positive. counted: (Q, n) bool, False for items to leave out.
+    """
+    gap = queries @ items.T - best.unsqueeze(1)  # (Q, n)
+    counted = counted & (items != 0).any(1)
+    return ((gap > _TIE) & counted).sum(1), ((gap.abs() <= _TIE) & counted).sum(1)
 
 
 def _shared(num_rows: int, embed: Callable[[np.ndarray], Tensor], width: int) -> Tensor:

@@ -104,8 +104,13 @@ def _pretraining(scenario: Scenario, layout: Layout) -> StageResult:
 
 
 def _csft(scenario: Scenario, layout: Layout) -> StageResult:
-    encoder = layout.encoder("pretraining")
-    return csft_train.run(scenario, samples=layout.samples, encoder=encoder, output=layout.stage("csft"))
+    return csft_train.run(
+        scenario,
+        samples=layout.samples,
+        encoder=layout.encoder("pretraining"),
+        output=layout.stage("csft"),
+        rejects=layout.rejects,
+    )
 
 
 def _extraction(scenario: Scenario, layout: Layout) -> StageResult:
