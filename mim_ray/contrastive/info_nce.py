@@ -197,7 +197,9 @@ class _LogSumExp(torch.autograd.Function):
         top = queries.new_zeros((num_rows, 1)) if bounded else queries.new_full((num_rows, 1), -torch.inf)
         total = queries.new_zeros(num_rows)
         mean = queries.new_zeros((num_rows, width))
-        buffer = queries.new_empty(num_rows * min(tile, max(len(fresh), len(past))))
+        buffer = queries.new_empty(
+            num_rows * min(tile, max(len(fresh), len(past)))
+        )  # of all tiles, one after the other
         for start, block in _tiles(fresh, past, tile):
             block = block.to(queries.dtype)  # (t, D)
             logits = buffer[: num_rows * len(block)].view(num_rows, len(block))
@@ -234,8 +236,10 @@ class _LogSumExp(torch.autograd.Function):
             # p_ij·g_i·s·q_i; while exp(logits) is in range, exp(−lse_i) joins the narrow side of the product
             factor = grad * scale * torch.exp(-lse) if ctx.bounded else grad * scale
             weighted = queries * factor.unsqueeze(1)  # (B, D)
+            buffer = queries.new_empty(len(queries) * min(ctx.tile, len(fresh)))
             for start, block in _tiles(fresh, fresh[:0], ctx.tile):
-                logits = _logits(scaled, block, ctx.bias, start)  # (B, t)
+                logits = buffer[: len(queries) * len(block)].view(len(queries), len(block))
+                _logits(scaled, block, ctx.bias, start, out=logits)
                 if ctx.hidden is not None:
                     ctx.hidden.clear(logits, start)
                 if not ctx.bounded:
@@ -244,11 +248,12 @@ class _LogSumExp(torch.autograd.Function):
         return grad_queries, grad_fresh, grad_scale, None, None, None, None
 
 
-def _logits(scaled: Tensor, block: Tensor, bias: Tensor | None, start: int, out: Tensor | None = None) -> Tensor:
-    """(B, t) of the columns from `start` on."""
+def _logits(scaled: Tensor, block: Tensor, bias: Tensor | None, start: int, *, out: Tensor) -> None:
+    """Into `out` (B, t): the logits of the columns from `start` on."""
     if bias is None:
-        return torch.mm(scaled, block.T, out=out)
-    return torch.addmm(bias[start : start + len(block)], scaled, block.T, out=out)
+        torch.mm(scaled, block.T, out=out)
+    else:
+        torch.addmm(bias[start : start + len(block)], scaled, block.T, out=out)
 
 
 def _tiles(fresh: Tensor, past: Tensor, tile: int) -> list[tuple[int, Tensor]]:
