@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 from mim_ray.contrastive.gather import gather_with_grad, place
 
 MAX_LOGIT_SCALE = 100.0
-_TILE_NUMBERS = 2**20  # of one tile of logits: 4 MB
+_TILE_NUMBERS = {"cpu": 2**19, "cuda": 2**24}  # of one tile of logits: 2 MB stay in a cache, 64 MB fill a GPU
 _SAFE_LOGIT = 60.0  # up to here exp(±logit) and sums of a million of them fit float32 without subtracting a maximum
 
 
@@ -87,8 +87,9 @@ def info_nce_rows(
     scale = logit_scale.float()
     if past is None:
         past = candidates.new_empty((0, candidates.shape[1]))
-    hidden = _Hidden.of(mask, valid, positive_index, len(candidates), len(past))
-    tile = tile or max(256, _TILE_NUMBERS // max(1, len(queries)))
+    numbers = _TILE_NUMBERS.get(queries.device.type, _TILE_NUMBERS["cpu"])
+    tile = tile or max(256, numbers // max(1, len(queries)))
+    hidden = _Hidden.of(mask, valid, positive_index, len(candidates), len(past), tile)
     positive = scale * (queries * candidates[positive_index]).sum(-1)
     if bias is not None:
         assert bias.shape == (len(candidates) + len(past),)
@@ -133,14 +134,23 @@ def same_key_pairs(query_keys: Tensor, candidate_keys: Tensor) -> Tensor:
 
 
 class _Hidden:
-    """Entries of the logits that do not count, found per tile: pairs sorted by column, and columns as a whole."""
+    """Entries of the logits that do not count, cut by tile: pairs sorted by column, and columns as a whole.
 
-    def __init__(self, rows: Tensor, columns: Tensor, dead: Tensor) -> None:
+    Args:
+        rows, columns: (n,) pairs, sorted by column. dead: (m,) columns, sorted. edges: first columns of the tiles, and K.
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor, dead: Tensor, edges: list[int]) -> None:
         self.rows, self.columns, self.dead = rows, columns, dead
+        at = torch.tensor(edges, device=columns.device)
+        cuts = torch.stack(
+            [torch.searchsorted(columns, at), torch.searchsorted(dead, at)]
+        ).tolist()  # one wait for a GPU
+        self._cuts = {start: (cuts[0][n : n + 2], cuts[1][n : n + 2]) for n, start in enumerate(edges[:-1])}
 
     @classmethod
     def of(
-        cls, mask: Tensor | None, valid: Tensor | None, positive: Tensor, num_fresh: int, num_past: int
+        cls, mask: Tensor | None, valid: Tensor | None, positive: Tensor, num_fresh: int, num_past: int, tile: int
     ) -> _Hidden | None:
         if mask is None and valid is None:
             return None
@@ -155,16 +165,16 @@ class _Hidden:
         if valid is not None:
             assert valid.shape == (num_fresh + num_past,)
             dead = (~valid).nonzero().squeeze(1)
-        return cls(rows, columns, dead)
+        edges = [*range(0, num_fresh, tile), *range(num_fresh, num_fresh + num_past, tile), num_fresh + num_past]
+        return cls(rows, columns.contiguous(), dead, edges)
 
-    def clear(self, logits: Tensor, start: int, stop: int) -> None:
-        """Set the hidden entries of columns start … stop − 1 to −inf."""
-        low, high = _range(self.columns, start, stop)
+    def clear(self, logits: Tensor, start: int) -> None:
+        """Set the hidden entries of the tile that begins at column `start` to −inf."""
+        (low, high), (first, last) = self._cuts[start]
         if high > low:
             logits[self.rows[low:high], self.columns[low:high] - start] = -torch.inf
-        low, high = _range(self.dead, start, stop)
-        if high > low:
-            logits[:, self.dead[low:high] - start] = -torch.inf
+        if last > first:
+            logits[:, self.dead[first:last] - start] = -torch.inf
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -187,13 +197,15 @@ class _LogSumExp(torch.autograd.Function):
         top = queries.new_zeros((num_rows, 1)) if bounded else queries.new_full((num_rows, 1), -torch.inf)
         total = queries.new_zeros(num_rows)
         mean = queries.new_zeros((num_rows, width))
-        buffer = queries.new_empty(num_rows * min(tile, max(len(fresh), len(past))))
+        buffer = queries.new_empty(
+            num_rows * min(tile, max(len(fresh), len(past)))
+        )  # of all tiles, one after the other
         for start, block in _tiles(fresh, past, tile):
             block = block.to(queries.dtype)  # (t, D)
             logits = buffer[: num_rows * len(block)].view(num_rows, len(block))
             _logits(scaled, block, bias, start, out=logits)
             if hidden is not None:
-                hidden.clear(logits, start, start + len(block))
+                hidden.clear(logits, start)
             if not bounded:
                 higher = torch.maximum(top, logits.amax(1, keepdim=True)).clamp_min(-1e30)
                 shrink = torch.exp(top - higher)
@@ -224,29 +236,27 @@ class _LogSumExp(torch.autograd.Function):
             # p_ij·g_i·s·q_i; while exp(logits) is in range, exp(−lse_i) joins the narrow side of the product
             factor = grad * scale * torch.exp(-lse) if ctx.bounded else grad * scale
             weighted = queries * factor.unsqueeze(1)  # (B, D)
+            buffer = queries.new_empty(len(queries) * min(ctx.tile, len(fresh)))
             for start, block in _tiles(fresh, fresh[:0], ctx.tile):
-                logits = _logits(scaled, block, ctx.bias, start)  # (B, t)
+                logits = buffer[: len(queries) * len(block)].view(len(queries), len(block))
+                _logits(scaled, block, ctx.bias, start, out=logits)
                 if ctx.hidden is not None:
-                    ctx.hidden.clear(logits, start, start + len(block))
+                    ctx.hidden.clear(logits, start)
                 if not ctx.bounded:
                     logits.sub_(lse.unsqueeze(1))
                 torch.mm(logits.exp_().T, weighted, out=grad_fresh[start : start + len(block)])
         return grad_queries, grad_fresh, grad_scale, None, None, None, None
 
 
-def _logits(scaled: Tensor, block: Tensor, bias: Tensor | None, start: int, out: Tensor | None = None) -> Tensor:
-    """(B, t) of the columns from `start` on."""
+def _logits(scaled: Tensor, block: Tensor, bias: Tensor | None, start: int, *, out: Tensor) -> None:
+    """Into `out` (B, t): the logits of the columns from `start` on."""
     if bias is None:
-        return torch.mm(scaled, block.T, out=out)
-    return torch.addmm(bias[start : start + len(block)], scaled, block.T, out=out)
+        torch.mm(scaled, block.T, out=out)
+    else:
+        torch.addmm(bias[start : start + len(block)], scaled, block.T, out=out)
 
 
 def _tiles(fresh: Tensor, past: Tensor, tile: int) -> list[tuple[int, Tensor]]:
     """(first column, rows) of each tile; no tile has both fresh and past rows."""
     tiles = [(start, fresh[start : start + tile]) for start in range(0, len(fresh), tile)]
     return tiles + [(len(fresh) + start, past[start : start + tile]) for start in range(0, len(past), tile)]
-
-
-def _range(ordered: Tensor, start: int, stop: int) -> tuple[int, int]:
-    bounds = torch.searchsorted(ordered, torch.tensor([start, stop], device=ordered.device))
-    return int(bounds[0]), int(bounds[1])

@@ -181,6 +181,8 @@ class CsftObjective(LevelObjective):
 def collapsed(level_losses: Tensor, num_candidates: float) -> tuple[str, ...]:
     """Levels at which the model guesses: their loss is within 1 % of ln K, what equal cosines to all K candidates give.
 
+    An encoder that maps all items to one point but flees from its own past batches has a lower loss: see `spread`.
+
     Args:
         level_losses: (3,) as in CsftLoss; 0 where a level is off. num_candidates: K, the negatives and the positive.
     """
@@ -190,6 +192,14 @@ def collapsed(level_losses: Tensor, num_candidates: float) -> tuple[str, ...]:
         for level, loss in zip(LEVELS, level_losses.tolist(), strict=True)
         if loss > 0.0 and abs(loss - guess) <= _COLLAPSED_WITHIN * guess
     )
+
+
+def spread(items: Candidates) -> float:
+    """1 − the mean cosine of h^MM between two items of a batch, such as `CsftLoss.fresh`; 0 when all items look alike."""
+    embeddings = normalize(items.embeddings[:, 0].detach().float(), dim=-1)
+    n = len(embeddings)
+    together = float(embeddings.sum(0).square().sum())  # n, and the cosines of all n(n − 1) ordered pairs
+    return 1.0 - (together - n) / max(1, n * (n - 1))
 
 
 def gathered_items(batch: LocalBatch) -> Candidates:

@@ -60,11 +60,15 @@ def log_q(rates: np.ndarray) -> Tensor:
 
 
 def pair_counts(pairs: str, catalogue: Catalogue, signal: str) -> np.ndarray:
-    """(num_items,) number of interest pairs of each item, of one signal or "any", from the table at a URI."""
+    """(num_items,) int64 pairs of each item in the table at a URI; those held out, a small part of each, are counted too.
+
+    Args:
+        signal: count only pairs of this signal; "any" for all.
+    """
     counts = np.zeros(catalogue.num_items, np.int64)
     for table in ordered_batches(pairs, ["item_id", "signal"], _SCAN_ROWS):
         if signal != "any":
             table = table.filter(pc.equal(table.column("signal"), signal))
         rows = catalogue.rows(table.column("item_id"))
-        np.add.at(counts, rows[rows >= 0], 1)
+        counts += np.bincount(rows[rows >= 0], minlength=len(counts))
     return counts
