@@ -168,8 +168,10 @@ class Encoders(Section):
     text: Text = Text()
     width: Positive = 256
     """D: width of h^img, h^txt and h^MM."""
-    fusion: Literal["tfn", "concat"] = "tfn"
-    """Eq. 3's outer product, or its ablation (Table 5)."""
+    fusion: Literal["tfn", "low_rank_tfn", "concat"] = "tfn"
+    """Eq. 3's outer product, the same with low-rank weights for wide towers, or its ablation (Table 5)."""
+    fusion_rank: Annotated[int, Field(ge=2)] = 16
+    """Rank of low_rank_tfn."""
     fusion_hidden: Positive = 512
     """Hidden width of the MLP of Eq. 4."""
 

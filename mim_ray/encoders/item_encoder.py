@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mim_ray.artifacts import read_bytes, read_json, read_tensors, write_bytes, write_json
 from mim_ray.config.scenario import Encoders
 from mim_ray.data.transforms import PictureFormat
-from mim_ray.encoders.fusion import FUSIONS
+from mim_ray.encoders.fusion import build_fusion
 from mim_ray.encoders.text import TextTower, Tokens, build_from_config, build_text
 from mim_ray.encoders.vision import VisionTower, build_untrained, build_vision
 from mim_ray.errors import ArtifactError, ConfigError
@@ -59,7 +59,7 @@ class ItemEncoder(nn.Module):
         self.text = text
         self.image_projection = nn.Linear(vision.width, settings.width)
         self.text_projection = nn.Linear(text.width, settings.width)
-        self.fusion = FUSIONS[settings.fusion](settings.width, settings.fusion_hidden)
+        self.fusion = build_fusion(settings.fusion, settings.width, settings.fusion_hidden, settings.fusion_rank)
 
     @classmethod
     def build(cls, settings: Encoders, tokenizer: Tokenizer | None, seed: int) -> ItemEncoder:
