@@ -270,6 +270,17 @@ class Csft(Workers):
     checkpoint_every_steps: Positive = 500
     """Steps between the checkpoints from which crashed workers go on."""
 
+    @property
+    def pair_signal(self) -> Literal["purchase", "click", "any"]:
+        """The signal of the pairs to train on. Table 4's v1 looks at items only, so it takes all pairs there are."""
+        if self.supervision in ("category", "any"):
+            return "any"
+        return "click" if self.supervision.startswith("click") else "purchase"
+
+    @property
+    def draws_hard_negatives(self) -> bool:
+        return self.hard_negatives and self.space_time_negatives
+
 
 class Extraction(Section):
     """MFM's writer."""
