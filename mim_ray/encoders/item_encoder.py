@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from mim_ray.artifacts import read_bytes, read_json, read_tensors, write_bytes, write_json
 from mim_ray.config.scenario import Encoders
-from mim_ray.encoders.fusion import FUSIONS
+from mim_ray.data.transforms import PictureFormat
+from mim_ray.encoders.fusion import build_fusion
 from mim_ray.encoders.text import TextTower, Tokens, build_from_config, build_text
 from mim_ray.encoders.vision import VisionTower, build_untrained, build_vision
 from mim_ray.errors import ArtifactError, ConfigError
@@ -43,7 +44,7 @@ class ItemEncoder(nn.Module):
     """F_V, F_L and fusion as one module.
 
     Attributes:
-        settings: what it was built from. width: D. image_size, resize: what pictures it takes.
+        settings: what it was built from. width: D. picture, image_size: what pictures it takes, and their side S.
         encoder_version: "<stage>-<hash of weights, architecture and tokenizer>" once saved or loaded, else None.
     """
 
@@ -51,14 +52,14 @@ class ItemEncoder(nn.Module):
         super().__init__()
         self.settings = settings
         self.width = settings.width
-        self.image_size = settings.vision.image_size
-        self.resize = settings.vision.resize
+        self.picture = vision.picture
+        self.image_size = vision.picture.size
         self.encoder_version: str | None = None
         self.vision = vision
         self.text = text
         self.image_projection = nn.Linear(vision.width, settings.width)
         self.text_projection = nn.Linear(text.width, settings.width)
-        self.fusion = FUSIONS[settings.fusion](settings.width, settings.fusion_hidden)
+        self.fusion = build_fusion(settings.fusion, settings.width, settings.fusion_hidden, settings.fusion_rank)
 
     @classmethod
     def build(cls, settings: Encoders, tokenizer: Tokenizer | None, seed: int) -> ItemEncoder:
@@ -114,6 +115,7 @@ class ItemEncoder(nn.Module):
         tokenizer = self.text.tokenizer.to_str().encode()
         architecture = {
             "settings": self.settings.model_dump(mode="json"),
+            "picture": asdict(self.picture),
             "text_config": _json_config(self.text.net.config),
         }
         digest = hashlib.sha256(weights + tokenizer + json.dumps(architecture, sort_keys=True).encode()).hexdigest()
@@ -137,6 +139,7 @@ class ItemEncoder(nn.Module):
         try:
             own = Encoders.model_validate(described["settings"])
             config, version = described["text_config"], described["encoder_version"]
+            picture = PictureFormat.from_json(described["picture"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"{uri}/encoder.json does not describe an encoder ({str(error)[:200]}). Run the stage again."
@@ -145,7 +148,7 @@ class ItemEncoder(nn.Module):
             _refuse_other(uri, own, settings)
         try:
             tokenizer = Tokenizer.from_str(read_bytes(f"{uri}/tokenizer.json").decode())
-            vision = build_untrained(own.vision.model, own.vision.image_size, own.vision.model_args)
+            vision = build_untrained(own.vision, picture=picture)
             encoder = cls(own, vision, build_from_config(config, tokenizer, own.text.max_tokens))
         except ConfigError as error:
             raise ArtifactError(f"{uri}/encoder.json names an encoder that cannot be built here: {error}") from None
@@ -222,6 +225,6 @@ def _describe(settings: Encoders) -> str:
     vision, text = settings.vision, settings.text
     args = [f"{model.model}{model.model_args or ''}" for model in (vision, text)]
     return (
-        f"{args[0]} at {vision.image_size} px ({vision.resize}) + {args[1]} with {text.max_tokens} tokens,"
+        f"{args[0]} at {vision.image_size or 'its own'} px ({vision.resize or 'its own'} resize) + {args[1]} with {text.max_tokens} tokens,"
         f" width {settings.width}, {settings.fusion} {settings.fusion_hidden}"
     )

@@ -33,6 +33,7 @@ class TextTower(nn.Module):
         width: length of that vector.
         max_tokens: longer titles are cut.
         tokenizer: the tokenizer that belongs to the weights.
+        causal: no token sees a later one (GPT-2), so that next-token prediction means something.
     """
 
     def __init__(self, net: Any, tokenizer: Tokenizer, max_tokens: int) -> None:
@@ -41,11 +42,11 @@ class TextTower(nn.Module):
         self.net.pooler = None  # its weights would get no gradient: the first token's state is taken as it is
         self.width = int(self.net.config.hidden_size)
         self.max_tokens = max_tokens
-        self.causal = self.net.config.model_type in ("gpt2", "openai-gpt")
         self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self.special = special_tokens(self.tokenizer)
         self.tokenizer.enable_truncation(max_tokens)
         self.tokenizer.enable_padding(pad_id=self.special.pad)
+        self.causal = self._sees_nothing_ahead()
 
     def tokenize(self, titles: Sequence[str | None]) -> dict[str, Tensor]:
         """Titles as padded ids on the CPU. A missing title becomes the empty one; the caller keeps which are missing."""
@@ -56,13 +57,27 @@ class TextTower(nn.Module):
         }
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Tokens (B, T) -> (B, width): the first token's last state."""
-        return self.token_states(tokens)[:, 0]
+        """Tokens (B, T) -> (B, width): the last state of the first token, of the last real one in a causal tower."""
+        states = self.token_states(tokens)
+        if not self.causal:
+            return states[:, 0]
+        last = tokens["attention_mask"].sum(dim=1).clamp(min=1) - 1  # (B,)
+        return states[torch.arange(len(states), device=states.device), last]
 
     def token_states(self, tokens: Tokens) -> Tensor:
         """Tokens (B, T) -> (B, T, width)."""
         states = self.net(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return states.last_hidden_state
+
+    @torch.no_grad()
+    def _sees_nothing_ahead(self) -> bool:
+        """Tried out: does the first token's state change with the second token?"""
+        training = self.net.training
+        self.net.eval()
+        ids = torch.tensor([[0, 1], [0, 2]])
+        states = self.token_states({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        self.net.train(training)
+        return bool(torch.equal(states[0, 0], states[1, 0]))
 
 
 def build_text(settings: Text, tokenizer: Tokenizer | None) -> TextTower:

@@ -11,16 +11,20 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
 from safetensors import safe_open
+from timm.data import resolve_data_config
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 from mim_ray.config.scenario import Vision
+from mim_ray.data.transforms import Interpolation, PictureFormat, Resize
 from mim_ray.errors import ArtifactError, ConfigError
+
+_PICTURE_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 class VisionTower(nn.Module):
@@ -28,17 +32,18 @@ class VisionTower(nn.Module):
 
     Attributes:
         width: length of that vector.
-        image_size: side S of the square input.
+        picture, image_size: what pictures it takes, and their side S.
         stride: pixels per cell of the feature map.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, net: Any, image_size: int) -> None:
+    def __init__(self, net: Any, picture: PictureFormat) -> None:
         super().__init__()
         self.net: Any = net
-        self.image_size = image_size
+        self.picture = picture
+        self.image_size = picture.size
         self.width = int(getattr(net, "head_hidden_size", None) or self.net.num_features)
         values = self.net.pretrained_cfg
         self.register_buffer("mean", torch.tensor(values["mean"]).view(1, 3, 1, 1))
@@ -46,10 +51,10 @@ class VisionTower(nn.Module):
         with torch.no_grad():
             training = self.net.training
             self.net.eval()
-            cells = self.feature_map(torch.zeros(1, 3, image_size, image_size))
+            cells = self.feature_map(torch.zeros(1, 3, picture.size, picture.size))
             self.net.train(training)
         self.map_channels = cells.shape[1]
-        self.stride = image_size // cells.shape[2]
+        self.stride = picture.size // cells.shape[2]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) -> (B, width), pooled as the model defines it."""
@@ -79,38 +84,57 @@ def build_vision(settings: Vision) -> VisionTower:
         ArtifactError: the weights are missing or belong to another architecture.
     """
     if settings.weights is None:
-        return build_untrained(settings.model, settings.image_size, settings.model_args)
+        return build_untrained(settings)
     folder = _hub_folder(settings.model) if settings.weights == "hub" else Path(settings.weights)
     file = safetensors_file(folder)
-    tower = build_untrained(settings.model, settings.image_size, settings.model_args, _own_config(folder))
+    tower = build_untrained(settings, _own_config(folder))
     _load(tower, file, settings.model)
     return tower
 
 
 def build_untrained(
-    model: str, image_size: int, model_args: Mapping[str, Any], overlay: Mapping[str, Any] | None = None
+    settings: Vision, overlay: Mapping[str, Any] | None = None, picture: PictureFormat | None = None
 ) -> VisionTower:
-    """A tower with random weights. `overlay` replaces entries of timm's description of the model (mean, std).
+    """A tower with random weights.
+
+    Args:
+        overlay: replaces entries of timm's description of the model (mean, std, interpolation, crop).
+        picture: what pictures it takes, where that was settled before; else by the settings and the description.
 
     Raises:
         ConfigError: timm has no such model, or not with these arguments.
     """
+    model = settings.model
     if not timm.is_model(model):
         near = difflib.get_close_matches(model.partition(".")[0], timm.list_models(), n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names them all."
         raise ConfigError(f"encoders.vision.model = {model!r} is no timm model; {hint}")
-    arguments = dict(model_args)
+    arguments: dict[str, Any] = dict(settings.model_args)
     definition: Any = timm.get_pretrained_cfg(model)
+    described = ({} if definition is None else definition.to_dict()) | dict(overlay or {})
+    picture = picture or _picture(settings, resolve_data_config(pretrained_cfg=described))
     if definition is not None and definition.fixed_input_size:
-        arguments.setdefault("img_size", image_size)
+        arguments.setdefault("img_size", picture.size)
     try:
         net = timm.create_model(model, num_classes=0, pretrained_cfg_overlay=dict(overlay or {}), **arguments)
-        return VisionTower(net, image_size)
+        return VisionTower(net, picture)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # whatever timm's constructors raise
         raise ConfigError(
-            f"encoders.vision: {model} cannot be built with image_size {image_size} and model_args {dict(model_args)}"
+            f"encoders.vision: {model} cannot be built with image_size {picture.size} and model_args {settings.model_args}"
             f" ({error}). Correct them, or leave model_args out."
         ) from None
+
+
+def _picture(settings: Vision, own: Mapping[str, Any]) -> PictureFormat:
+    """timm's evaluation transform of a model, where the settings do not say otherwise."""
+    size = settings.image_size or min(own["input_size"][1:])
+    interpolation: Any = own["interpolation"] if own["interpolation"] in get_args(Interpolation) else "bicubic"
+    if settings.resize is not None:
+        return PictureFormat(size, settings.resize, interpolation)
+    resizes: dict[str, Resize] = {"squash": "squash", "border": "longest"}
+    resize = resizes.get(own["crop_mode"], "shortest")
+    red, green, blue = (round(255 * value) for value in own["mean"])
+    return PictureFormat(size, resize, interpolation, own["crop_pct"], (red, green, blue))
 
 
 def safetensors_file(folder: Path) -> Path:
@@ -148,12 +172,12 @@ def _load(tower: VisionTower, file: Path, model: str) -> None:
 
 
 def _own_config(folder: Path) -> dict[str, Any]:
-    """Mean and standard deviation from a timm config.json beside the weights."""
+    """What timm's config.json beside the weights says of the pictures."""
     file = folder / "config.json"
     if not file.is_file():
         return {}
     values = json.loads(file.read_text()).get("pretrained_cfg", {})
-    return {key: tuple(values[key]) for key in ("mean", "std") if key in values}
+    return {key: values[key] for key in _PICTURE_KEYS if key in values}
 
 
 def _hub_folder(model: str) -> Path:

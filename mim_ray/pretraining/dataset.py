@@ -7,18 +7,18 @@ function of (seed, phase, rank, P, step) alone, so it can be made anywhere and a
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
-from mim_ray.data.batches import prefetch
 from mim_ray.data.catalogue import Catalogue
+from mim_ray.data.feeding import Chunk, json_array, json_value
 from mim_ray.data.ids import hash_ids
-from mim_ray.data.transforms import Resize, decode_images
+from mim_ray.data.transforms import PictureFormat, decode_images
 from mim_ray.errors import DataError
 
 PhaseName = Literal["image", "text", "alignment"]
@@ -26,10 +26,9 @@ PHASES: tuple[PhaseName, ...] = ("image", "text", "alignment")
 HELD_OUT_RATIO = 0.05
 MOST_HELD_OUT = 1_024
 """Held-out items that are measured; more would only cost time."""
-Batch = dict[str, np.ndarray]
-"""Named arrays of one step: rows (B,) int64 of the catalogue; pixels uint8 (B, 3, S, S) and broken (n,) int64, the rows
-whose pictures could not be decoded; titles as JSON bytes (`titles_in`); keys (B, 2) int64, equal where the title, or the
-picture, is the same."""
+Batch = Chunk
+"""Of one step: rows (B,) int64 of the catalogue; pixels uint8 (B, 3, S, S) and broken (n,) int64, the rows whose pictures
+could not be decoded; titles (`titles_in`); keys (B, 2) int64, equal where the title, or the picture, is the same."""
 _CACHE_BYTES = 512 * 2**20
 _MOST_DRAWS = 20  # of other rows for pictures that cannot be decoded
 
@@ -70,27 +69,22 @@ def choose_items(catalogue: Catalogue, before_us: int) -> Items:
 
 
 class Pictures:
-    """Decoded pictures of catalogue rows; kept in memory where the whole catalogue fits `cache_bytes`. Pickles without them."""
+    """Decoded pictures of catalogue rows; kept in memory where the whole catalogue fits `cache_bytes`."""
 
     def __init__(
         self,
         catalogue: Catalogue,
-        size: int,
-        resize: Resize,
+        picture: PictureFormat,
         max_bytes: int,
         max_pixels: int,
         cache_bytes: int = _CACHE_BYTES,
     ) -> None:
-        self._arguments = (catalogue, size, resize, max_bytes, max_pixels, cache_bytes)
-        self.catalogue, self._size, self._resize = catalogue, size, resize
-        self._limits = (max_bytes, max_pixels)
+        self.catalogue, self._picture, self._limits = catalogue, picture, (max_bytes, max_pixels)
         self._kept: np.ndarray | None = None
-        if catalogue.num_items * 3 * size * size <= cache_bytes:
-            self._kept = np.empty((catalogue.num_items, 3, size, size), np.uint8)  # pages are taken as they are filled
+        shape = (catalogue.num_items, 3, picture.size, picture.size)
+        if math.prod(shape) <= cache_bytes:
+            self._kept = np.empty(shape, np.uint8)  # pages are taken as they are filled
         self._state = np.zeros(catalogue.num_items, np.int8)  # 0 not decoded yet, 1 decoded, 2 unusable
-
-    def __reduce__(self) -> tuple[type[Pictures], tuple[Any, ...]]:
-        return Pictures, self._arguments
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (B, 3, S, S) and (B,) bool: whether the row's picture could be decoded."""
@@ -104,7 +98,7 @@ class Pictures:
 
     def _decode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images = self.catalogue.take(rows, ["image"]).column("image").to_pylist()
-        return decode_images(images, self._size, self._resize, *self._limits)
+        return decode_images(images, self._picture, *self._limits)
 
 
 def titles_of(catalogue: Catalogue, rows: np.ndarray) -> list[str]:
@@ -133,38 +127,60 @@ class Share:
     world: int
 
 
-class Batches:
-    """The input of one phase for one worker: `batches(step)`, any step in any order. Pickles as paths and settings.
-
-    Every epoch is a new order of all items, dealt evenly to the workers; all workers have batches of one size.
-
-    Args:
-        before_us: items that existed before this time (microseconds UTC) are used.
-        items: what `choose_items` says, where it is known already.
+@dataclass(frozen=True)
+class Content:
+    """The items to learn from: URI of the catalogue, how its pictures are decoded, and the time (microseconds UTC) before
+    which an item must have existed. A process opens it once.
     """
 
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        pictures: Pictures,
-        phase: PhaseName,
-        share: Share,
-        before_us: int,
-        items: Items | None = None,
-    ) -> None:
-        self.catalogue, self.pictures, self.phase, self.share = catalogue, pictures, phase, share
-        self._before_us = before_us
-        if items is not None:
-            self.rows = items.trained(phase)
+    catalogue: str
+    picture: PictureFormat
+    max_bytes: int
+    max_pixels: int
+    before_us: int
+
+    def pictures(self) -> Pictures:
+        return _open_pictures(self)
+
+    def items(self) -> Items:
+        return _open_items(self)
+
+
+@lru_cache(maxsize=1)
+def _open_pictures(content: Content) -> Pictures:
+    return Pictures(Catalogue.open(content.catalogue), content.picture, content.max_bytes, content.max_pixels)
+
+
+@lru_cache(maxsize=1)
+def _open_items(content: Content) -> Items:
+    return choose_items(content.pictures().catalogue, content.before_us)
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """The input of one phase for one worker as a ChunkSource (data/feeding.py): chunk i is what step i trains on."""
+
+    content: Content
+    phase: PhaseName
+    share: Share
+
+    def open(self) -> Callable[[int], Batch]:
+        content = self.content
+        return Batches(content.pictures(), self.phase, self.share, content.items().trained(self.phase))
+
+
+class Batches:
+    """`batches(step)`, any step in any order. Every epoch is a new order of all items, dealt evenly to the workers; all
+    workers have batches of one size.
+
+    Args:
+        rows: the items of the phase, (n,) int64.
+    """
+
+    def __init__(self, pictures: Pictures, phase: PhaseName, share: Share, rows: np.ndarray) -> None:
+        self.catalogue, self.pictures, self.phase, self.share = pictures.catalogue, pictures, phase, share
+        self.rows = rows
         self._order, self._order_of = np.zeros(0, np.int64), -1
-
-    def __reduce__(self) -> tuple[type[Batches], tuple[Any, ...]]:
-        return Batches, (self.catalogue, self.pictures, self.phase, self.share, self._before_us)
-
-    @cached_property
-    def rows(self) -> np.ndarray:
-        """The items of this phase, (n,) int64."""
-        return choose_items(self.catalogue, self._before_us).trained(self.phase)
 
     def __call__(self, step: int) -> Batch:
         """What `step` trains on.
@@ -174,17 +190,13 @@ class Batches:
         """
         rows = self.rows_of(step)
         if self.phase == "text":
-            return {"rows": rows, "titles": titles_as_bytes(titles_of(self.catalogue, rows))}
+            return {"rows": rows, "titles": json_array(titles_of(self.catalogue, rows))}
         rows, pixels, broken = self._with_pixels(rows, step)
         batch = {"rows": rows, "pixels": pixels, "broken": broken}
         if self.phase == "alignment":
-            batch["titles"] = titles_as_bytes(titles_of(self.catalogue, rows))
+            batch["titles"] = json_array(titles_of(self.catalogue, rows))
             batch["keys"] = content_keys(self.catalogue, rows)
         return batch
-
-    def steps(self, start: int, stop: int) -> Iterator[Batch]:
-        """Steps `start` to `stop` − 1, made ahead in a thread."""
-        return prefetch(self(step) for step in range(start, stop))
 
     def rows_of(self, step: int) -> np.ndarray:
         """(B,) rows of `step`, before unusable pictures are replaced.
@@ -233,14 +245,9 @@ class Batches:
         return rows, pixels, np.unique(np.concatenate(broken))
 
 
-def titles_as_bytes(titles: list[str]) -> np.ndarray:
-    """Titles as uint8 JSON, to travel between processes."""
-    return np.frombuffer(json.dumps(titles).encode(), np.uint8)
-
-
 def titles_in(batch: Batch) -> list[str]:
     """The titles of a batch."""
-    titles: list[str] = json.loads(batch["titles"].tobytes())
+    titles: list[str] = json_value(batch["titles"])
     return titles
 
 

@@ -13,13 +13,15 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mim_ray import artifacts
 from mim_ray.config.scenario import Pretraining
 from mim_ray.contrastive.gather import place, total
+from mim_ray.data.feeding import ordered_chunks
 from mim_ray.pretraining import batch_norm
-from mim_ray.pretraining.dataset import PHASES, Batch, Batches, PhaseName
+from mim_ray.pretraining.dataset import PHASES, Batch, BatchSource, PhaseName
 from mim_ray.runtime.progress import Progress
 from mim_ray.training import checkpoint
 from mim_ray.training.optim import average_gradients, check_finite, warmup_cosine
@@ -39,7 +41,7 @@ class Phase(Protocol):
 
     name: PhaseName
     num_steps: int
-    batches: Batches
+    source: BatchSource
     broken: set[int]
     frozen_statistics: bool
 
@@ -76,10 +78,13 @@ class Course:
     broken: list[int] = field(default_factory=list)
 
 
-def fit(phase: Phase, settings: Pretraining, *, seed: int, checkpoints: str | None = None) -> dict[str, Any]:
+def fit(
+    phase: Phase, settings: Pretraining, *, seed: int, checkpoints: str | None = None, decoder_cpus: float = 0.0
+) -> dict[str, Any]:
     """Train a phase to its end on every worker of the group.
 
     Args:
+        decoder_cpus: reserved for each of `settings.num_decoders`.
         checkpoints: folder of the phase's checkpoints; an interrupted phase goes on from the newest one that as many
             workers wrote. None: keep none.
 
@@ -96,7 +101,13 @@ def fit(phase: Phase, settings: Pretraining, *, seed: int, checkpoints: str | No
     label = f"pre-training, {phase.name}"
     progress = Progress(label, phase.num_steps - course.step, "steps") if place()[0] == 0 else None
     start, waited = time.perf_counter(), 0.0
-    batches = phase.batches.steps(course.step, phase.num_steps)
+    batches = ordered_chunks(
+        phase.source,
+        course.step,
+        phase.num_steps,
+        num_decoders=0 if phase.name == "text" else settings.num_decoders,  # titles cost nothing
+        cpus_per_decoder=decoder_cpus,
+    )
     while course.step < phase.num_steps:
         asked = time.perf_counter()
         batch = next(batches)
@@ -173,12 +184,17 @@ def _resume(phase: Phase, optimizer: torch.optim.Optimizer, folder: str | None) 
         return None
     found = checkpoint.load(folder)
     if found is None:
-        if place()[0] == 0 and artifacts.list_files(folder, "state.json"):
+        return None
+    if found.num_workers != place()[1]:
+        if place()[0] == 0:
             print(
-                f"pre-training, {phase.name}: the checkpoints inside this phase are of another number of workers than"
-                f" {place()[1]}; it goes on from the end of the phase before",
+                f"pre-training, {phase.name}: its checkpoint is of {found.num_workers} workers, now there are"
+                f" {place()[1]}; goes on from the end of the phase before",
                 flush=True,
             )
+        if place()[1] > 1:
+            dist.barrier()  # everybody has read it
+        if place()[0] == 0:
             artifacts.remove(folder)
         return None
     phase.module.load_state_dict(checkpoint.under_prefix("module", found.shared))

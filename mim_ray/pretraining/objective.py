@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mim_ray.contrastive.info_nce import MAX_LOGIT_SCALE, same_key_pairs
+from mim_ray.contrastive.info_nce import MAX_LOGIT_SCALE
 from mim_ray.encoders import ItemEncoder
 from mim_ray.encoders.text import TextTower, Tokens
 from mim_ray.encoders.tokenizer import SpecialTokens
@@ -182,23 +182,3 @@ class ImageTextAligner(nn.Module):
         """Keep 1/temperature at most 100. Call after each step: clamped in `forward` it would lose its gradient there."""
         with torch.no_grad():
             self.log_scale.clamp_(max=_MAX_LOG_SCALE)
-
-
-def equal_content_pairs(keys: Tensor, all_keys: Tensor) -> Tensor:
-    """(2, n) pairs (own row, row of all) that share the title or the picture: no negatives of each other.
-
-    Args:
-        keys: (B, 2) int64, equal where title (column 0) or picture (column 1) are. all_keys: (P·B, 2), of all workers.
-    """
-    pairs = torch.cat([same_key_pairs(own.contiguous(), others.contiguous()) for own, others in zip(keys.T, all_keys.T, strict=True)], dim=1)
-    return torch.unique(pairs, dim=1)
-
-
-def chance_loss(pairs: Tensor, num_queries: int, num_candidates: int) -> float:
-    """The contrastive loss of an aligner that knows nothing: mean of ln(candidates left).
-
-    Args:
-        pairs: (2, n) from `equal_content_pairs`; a query's own row is among them.
-    """
-    hidden = torch.bincount(pairs[0], minlength=num_queries) - 1
-    return float(torch.log((num_candidates - hidden).double()).mean())

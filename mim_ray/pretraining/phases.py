@@ -1,5 +1,5 @@
 """The three phases of pre-training: DDA on images, DDA on titles, DMA on pairs. Each measures itself on held-out items
-before and after. They run inside a process group or without one; no Ray here.
+before and after. They run inside a process group or without one.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from mim_ray.encoders.text import Tokens
 from mim_ray.pretraining.dataset import (
     PHASES,
     Batch,
-    Batches,
-    Items,
+    BatchSource,
+    Content,
     PhaseName,
-    Pictures,
     Share,
-    choose_items,
     content_keys,
     titles_in,
     titles_of,
 )
+from mim_ray.pretraining.equal_content import chance_loss, equal_content_pairs
 from mim_ray.pretraining.fit import fit
 from mim_ray.pretraining.measures import SharedMean, alignment_recalls, own_batches, shared_rows
 from mim_ray.pretraining.objective import (
@@ -40,9 +39,7 @@ from mim_ray.pretraining.objective import (
     MaskedImageModel,
     MaskedLanguageModel,
     NextTokenModel,
-    chance_loss,
     draw_image_mask,
-    equal_content_pairs,
     mask_tokens,
     next_tokens,
 )
@@ -57,19 +54,19 @@ class Context:
     def __init__(
         self,
         encoder: ItemEncoder,
-        pictures: Pictures,
-        before_us: int,
+        content: Content,
         settings: Pretraining,
         share: Share,
         device: torch.device,
+        decoder_cpus: float = 0.0,
     ) -> None:
-        self.encoder, self.pictures, self.settings, self.share, self.device = encoder, pictures, settings, share, device
-        self.catalogue = pictures.catalogue
-        self.items: Items = choose_items(self.catalogue, before_us)
-        self._before_us = before_us
+        self.encoder, self.content, self.settings, self.share, self.device = encoder, content, settings, share, device
+        self.decoder_cpus = decoder_cpus
+        self.pictures = content.pictures()
+        self.catalogue, self.items = self.pictures.catalogue, content.items()
 
-    def batches(self, phase: PhaseName) -> Batches:
-        return Batches(self.catalogue, self.pictures, phase, self.share, self._before_us, self.items)
+    def source(self, phase: PhaseName) -> BatchSource:
+        return BatchSource(self.content, phase, self.share)
 
     def tokens(self, titles: list[str]) -> dict[str, Tensor]:
         return self.on_device(self.encoder.text.tokenize(titles))
@@ -117,7 +114,13 @@ def pretrain(
         if phase is None:
             continue
         folder = None if checkpoints is None else f"{checkpoints}/{name}"
-        result = fit(phase, context.settings, seed=context.share.seed, checkpoints=folder)
+        result = fit(
+            phase,
+            context.settings,
+            seed=context.share.seed,
+            checkpoints=folder,
+            decoder_cpus=context.decoder_cpus,
+        )
         metrics[name] = result | phase.extra() | {"seconds": round(time.monotonic() - start, 2)}
         after_phase(Finished(name, metrics, sorted(phase.broken)))
     context.encoder.eval()
@@ -148,7 +151,7 @@ class MaskedImages:
     def __init__(self, context: Context) -> None:
         self.context, self.num_steps = context, context.settings.vision_dda_steps
         self.module = MaskedImageModel(context.encoder.vision).to(context.device)
-        self.batches, self.broken = context.batches("image"), set[int]()
+        self.source, self.broken = context.source("image"), set[int]()
 
     def groups(self) -> list[dict[str, Any]]:
         settings = self.context.settings
@@ -194,7 +197,7 @@ class Titles:
         self.context, self.num_steps = context, context.settings.text_dda_steps
         text = context.encoder.text
         self.module = (NextTokenModel(text) if text.causal else MaskedLanguageModel(text)).to(context.device)
-        self.batches, self.broken = context.batches("text"), set[int]()
+        self.source, self.broken = context.source("text"), set[int]()
         self._vocabulary = text.tokenizer.get_vocab_size()
 
     def groups(self) -> list[dict[str, Any]]:
@@ -242,7 +245,7 @@ class Alignment:
     def __init__(self, context: Context) -> None:
         self.context, self.num_steps = context, context.settings.dma_steps
         self.module = ImageTextAligner(context.encoder, context.settings.temperature).to(context.device)
-        self.batches, self.broken = context.batches("alignment"), set[int]()
+        self.source, self.broken = context.source("alignment"), set[int]()
 
     def groups(self) -> list[dict[str, Any]]:
         settings, encoder = self.context.settings, self.context.encoder

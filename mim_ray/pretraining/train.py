@@ -18,14 +18,16 @@ from tokenizers import Tokenizer
 
 from mim_ray import artifacts
 from mim_ray.config import Scenario
+from mim_ray.config.scenario import Data
 from mim_ray.data.catalogue import Catalogue
+from mim_ray.data.feeding import decoder_cpus
 from mim_ray.data.rejects import reject_rows, write_rejects
-from mim_ray.data.transforms import BadImage, decode_image
+from mim_ray.data.transforms import BadImage, PictureFormat, decode_image
 from mim_ray.encoders import ItemEncoder
 from mim_ray.encoders.text import brings_tokenizer
 from mim_ray.encoders.tokenizer import train_tokenizer
 from mim_ray.errors import DataError
-from mim_ray.pretraining.dataset import PHASES, Items, Pictures, Share, choose_items, titles_of
+from mim_ray.pretraining.dataset import PHASES, Content, Items, Share, choose_items, titles_of
 from mim_ray.pretraining.phases import Context, Finished, pretrain
 from mim_ray.runtime.progress import format_seconds
 from mim_ray.runtime.summary import StageResult
@@ -54,11 +56,19 @@ def run(scenario: Scenario, *, samples: str, output: str, rejects: str) -> Stage
         )
     untrained = ItemEncoder.build(scenario.encoders, _tokenizer(scenario, catalogue, items), scenario.run.seed)
     untrained.save(f"{output}/untrained", stage="untrained")
-    config = {"scenario": scenario.model_dump(mode="json"), "samples": samples, "output": output}
-    phases = run_workers(train_loop, config, workers=scenario.pretraining, name=STAGE, storage=f"{output}/train")
+    workers = scenario.pretraining
+    config = {
+        "scenario": scenario.model_dump(mode="json"),
+        "samples": samples,
+        "output": output,
+        "decoder_cpus": decoder_cpus(workers.num_workers, workers.cpus_per_worker, workers.num_decoders),
+    }
+    phases = run_workers(train_loop, config, workers=workers, name=STAGE, storage=f"{output}/train")
     dda = ItemEncoder.load(_start(output, [name for name in phases if name != "alignment"]))
     encoder = ItemEncoder.load(_start(output, phases))
-    counts = write_rejects(rejects, STAGE, reject_rows(STAGE, "items", _rejected(scenario, catalogue, output)))
+    counts = write_rejects(
+        rejects, STAGE, reject_rows(STAGE, "items", _rejected(scenario.data, encoder.picture, catalogue, output))
+    )
     metrics = {
         "untrained_version": untrained.encoder_version,
         "dda_version": dda.save(f"{output}/dda", stage="dda"),
@@ -85,15 +95,15 @@ def train_loop(config: dict[str, Any]) -> None:
     device = worker_device(scenario.pretraining.use_gpu)
     encoder = ItemEncoder.load(_start(output, done)).to(device)
     limits = scenario.data
-    pictures = Pictures(
-        Catalogue.open(f"{config['samples']}/catalogue"),
-        scenario.encoders.vision.image_size,
-        scenario.encoders.vision.resize,
+    content = Content(
+        f"{config['samples']}/catalogue",
+        encoder.picture,
         limits.max_image_bytes,
         limits.max_image_pixels,
+        _validation_start(config["samples"]),
     )
     share = Share(scenario.pretraining.batch_size, scenario.run.seed, rank(), world_size())
-    context = Context(encoder, pictures, _validation_start(config["samples"]), scenario.pretraining, share, device)
+    context = Context(encoder, content, scenario.pretraining, share, device, config["decoder_cpus"])
 
     checkpoints = f"{output}/train/checkpoints"
 
@@ -129,18 +139,15 @@ def _tokenizer(scenario: Scenario, catalogue: Catalogue, items: Items) -> Tokeni
     )
 
 
-def _rejected(scenario: Scenario, catalogue: Catalogue, output: str) -> list[tuple[str, str, str]]:
+def _rejected(limits: Data, picture: PictureFormat, catalogue: Catalogue, output: str) -> list[tuple[str, str, str]]:
     """(item id, reason, detail) of every picture that a worker could not decode."""
     files = artifacts.list_files(f"{output}/progress/broken", ".json")
     rows = np.unique([row for file in files for row in artifacts.read_json(file)]).astype(np.int64)
     found = []
-    vision, limits = scenario.encoders.vision, scenario.data
     for row in rows:
         item = catalogue.take(np.array([row]), ["item_id", "image"]).to_pylist()[0]
         try:
-            decode_image(
-                item["image"], vision.image_size, vision.resize, limits.max_image_bytes, limits.max_image_pixels
-            )
+            decode_image(item["image"], picture, limits.max_image_bytes, limits.max_image_pixels)
         except BadImage as error:
             found.append((item["item_id"], error.reason, error.detail))
     return found

@@ -28,6 +28,21 @@ def test_the_first_tokens_state_is_pooled(tokenizer):
     assert tower(tokens).shape == (2, 16)
 
 
+GPT = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+
+
+def test_a_causal_tower_pools_its_last_real_token(tokenizer):
+    tower = build_text(Text(model="gpt2", max_tokens=8, model_args=GPT), tokenizer).eval()
+    assert tower.causal
+    assert not build_text(Text(model="bert", max_tokens=8, model_args=ARGS), tokenizer).causal
+    tokens = tower.tokenize(["red round shoe", "bag"])
+    states = tower.token_states(tokens)
+    lengths = tokens["attention_mask"].sum(dim=1)
+    assert lengths[0] > lengths[1]
+    torch.testing.assert_close(tower(tokens), torch.stack([states[row, n - 1] for row, n in enumerate(lengths)]))
+    torch.testing.assert_close(tower(tower.tokenize(["bag"])), tower(tokens)[1:])
+
+
 def test_titles_are_cut_and_padded_and_missing_ones_are_empty(tokenizer):
     tower = build_text(Text(model="bert", max_tokens=5, model_args=ARGS), tokenizer)
     tokens = tower.tokenize(["red round shoe red round shoe", None, ""])

@@ -5,20 +5,38 @@ import pyarrow as pa
 import pytest
 
 from mim_ray.data.catalogue import Catalogue, write_catalogue
+from mim_ray.data.feeding import ordered_chunks
 from mim_ray.data.pictures import render
+from mim_ray.data.transforms import PictureFormat
 from mim_ray.errors import DataError
-from mim_ray.pretraining.dataset import Batches, Pictures, Share, choose_items, content_keys, titles_in, titles_of
+from mim_ray.pretraining.dataset import (
+    Batches,
+    BatchSource,
+    Content,
+    Pictures,
+    Share,
+    choose_items,
+    content_keys,
+    titles_in,
+    titles_of,
+)
 
 from_late = 360
 CUT_US = 1_000_000
 
 
 def pictures_of(catalogue: Catalogue, cache_bytes: int = 2**20) -> Pictures:
-    return Pictures(catalogue, 16, "squash", 10**6, 10**7, cache_bytes)
+    return Pictures(catalogue, PictureFormat(16, "squash"), 10**6, 10**7, cache_bytes)
 
 
-def batches_of(catalogue: Catalogue, phase: str, seed: int = 0, rank: int = 0, world: int = 2, size: int = 32) -> Batches:
-    return Batches(catalogue, pictures_of(catalogue), phase, Share(size, seed, rank, world), CUT_US)
+def content_of(catalogue: Catalogue) -> Content:
+    return Content(str(catalogue._folder), PictureFormat(16, "squash"), 10**6, 10**7, CUT_US)
+
+
+def batches_of(
+    catalogue: Catalogue, phase: str, seed: int = 0, rank: int = 0, world: int = 2, size: int = 32
+) -> Batches:
+    return BatchSource(content_of(catalogue), phase, Share(size, seed, rank, world)).open()
 
 
 def test_only_items_from_before_the_cut_are_used(catalogue):
@@ -99,14 +117,22 @@ def test_missing_titles_are_empty(catalogue):
 
 def test_a_step_is_a_function_of_its_number_in_any_process(catalogue):
     batches = batches_of(catalogue, "alignment", rank=1)
-    in_order = [batch["rows"].tolist() for batch in batches.steps(0, 12)]
+    in_order = [batches(step)["rows"].tolist() for step in range(12)]
     assert batches(7)["rows"].tolist() == in_order[7]
-    assert [batch["rows"].tolist() for batch in batches.steps(9, 12)] == in_order[9:]
     assert batches_of(catalogue, "alignment", seed=1, rank=1)(7)["rows"].tolist() != in_order[7]
-    travelling = pickle.dumps(batches)
-    assert len(travelling) < 2_000
-    again, here = pickle.loads(travelling)(7), batches(7)  # noqa: S301  (made here)
-    assert all(np.array_equal(again[name], here[name]) for name in here)
+    assert batches_of(catalogue, "image", rank=1)(7)["rows"].tolist() != in_order[7]
+
+
+def test_a_source_travels_light_and_makes_the_same_batches(catalogue):
+    source = BatchSource(content_of(catalogue), "alignment", Share(32, 0, 1, 2))
+    travelling = pickle.dumps(source)
+    assert len(travelling) < 1_000
+    again = pickle.loads(travelling)  # noqa: S301  (made here)
+    assert hash(again) == hash(source)
+    mine, other = source.open()(7), again.open()(7)
+    assert all(np.array_equal(mine[name], other[name]) for name in mine)
+    chunks = ordered_chunks(source, 5, 8, num_decoders=0, cpus_per_decoder=0.0)
+    assert [chunk["rows"].tolist() for chunk in chunks][2] == mine["rows"].tolist()
 
 
 def test_workers_share_an_epoch_without_overlap(catalogue):
@@ -129,7 +155,9 @@ def test_with_fewer_items_than_a_batch_every_worker_has_as_many(catalogue):
 
 def test_keys_are_equal_where_title_or_picture_is(tmp_path):
     images = [b"1", b"1", b"2", None]
-    table = pa.table({"item_id": list("abcd"), "categories": ["x"] * 4, "image": images, "title": ["A", "B", "A", None]})
+    table = pa.table(
+        {"item_id": list("abcd"), "categories": ["x"] * 4, "image": images, "title": ["A", "B", "A", None]}
+    )
     write_catalogue(str(tmp_path), [table])
     keys = content_keys(Catalogue.open(str(tmp_path)), np.arange(4))
     assert keys.shape == (4, 2)

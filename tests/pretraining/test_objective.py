@@ -14,9 +14,7 @@ from mim_ray.pretraining.objective import (
     MaskedImageModel,
     MaskedLanguageModel,
     NextTokenModel,
-    chance_loss,
     draw_image_mask,
-    equal_content_pairs,
     mask_cell,
     mask_tokens,
     masked_l1,
@@ -254,15 +252,3 @@ def test_aligner_leaves_fusion_out(encoder):
     aligner = ImageTextAligner(encoder, 0.07)
     trained = {id(p) for p in aligner.parameters()}
     assert not trained & {id(p) for p in encoder.fusion.parameters()}
-
-
-def test_pairs_of_equal_title_or_picture_are_found_once():
-    keys = torch.tensor([[1, 10], [2, 10], [1, 30]])  # titles 1, 2, 1; pictures 10, 10, 30
-    others = torch.tensor([[1, 10], [2, 20], [3, 30]])
-    pairs = {tuple(pair) for pair in equal_content_pairs(keys, others).T.tolist()}
-    assert pairs == {(0, 0), (1, 0), (1, 1), (2, 0), (2, 2)}
-
-
-def test_chance_counts_the_candidates_that_are_left():
-    pairs = torch.tensor([[0, 0, 1], [0, 3, 1]])  # the first query is without one negative
-    assert chance_loss(pairs, 2, 4) == pytest.approx((math.log(3) + math.log(4)) / 2)

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from mim_ray.data.transforms import PictureFormat
 from mim_ray.encoders.item_encoder import ItemEncoder
 from mim_ray.encoders.tokenizer import train_tokenizer
 from mim_ray.errors import NonFiniteLossError
 from mim_ray.pretraining import phases
-from mim_ray.pretraining.dataset import Pictures, Share, choose_items, titles_of
+from mim_ray.pretraining.dataset import Content, Share, choose_items, titles_of
 from mim_ray.pretraining.phases import Context, pretrain
 
 CUT_US = 1_000_000
@@ -22,8 +23,8 @@ def context_of(scenario, catalogue, text: dict[str, Any] | None = None, **change
     if text is not None:
         encoders = encoders.model_copy(update={"text": encoders.text.model_copy(update=text)})
     encoder = ItemEncoder.build(encoders, tokenizer, 0)
-    pictures = Pictures(catalogue, 16, "squash", 10**6, 10**7)
-    return Context(encoder, pictures, CUT_US, settings, Share(32, 0, 0, 1), torch.device("cpu"))
+    content = Content(str(catalogue._folder), PictureFormat(16, "squash"), 10**6, 10**7, CUT_US)
+    return Context(encoder, content, settings, Share(32, 0, 0, 1), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
