@@ -27,41 +27,43 @@ def residual(scenario: Scenario) -> Scenario:
     return Scenario.model_validate(values)
 
 
-def gradients(rows: slice, num_pairs: int) -> list[torch.Tensor]:
-    """Of DMA's loss over all workers where this one has `rows`: towers with nonlinear layers, projections, temperature.
-
-    The last title of the joined batch is the first one's again.
-    """
-    from torch import nn
-
-    from mim_ray.contrastive.gather import gather
-    from mim_ray.contrastive.info_nce import symmetric_info_nce
-    from mim_ray.pretraining.equal_content import equal_content_pairs
-    from mim_ray.training.optim import average_gradients
-
-    torch.manual_seed(0)
-    towers = [nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.LayerNorm(12), nn.Linear(12, 8)) for _ in range(2)]
-    log_scale = nn.Parameter(torch.tensor(2.0))
-    image, text = torch.randn(2, num_pairs, 6, generator=torch.Generator().manual_seed(1))
-    keys = torch.arange(num_pairs)[:, None].repeat(1, 2)
-    keys[-1, 0] = keys[0, 0]
-    pairs = equal_content_pairs(keys[rows], gather(keys[rows]))
-    symmetric_info_nce(towers[0](image[rows]), towers[1](text[rows]), log_scale.exp(), mask=pairs).backward()
-    trained = [*towers[0].parameters(), *towers[1].parameters(), log_scale]
-    average_gradients(trained)
-    return [parameter.grad for parameter in trained if parameter.grad is not None]
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("num_workers", [2, 3])
 def test_gradients_of_dma_equal_those_of_one_worker_on_the_joined_batch(
     num_workers: int, gloo_workers: Callable[..., list[dict[str, Any]]]
 ) -> None:
+    size, num_pairs = BATCH, BATCH * num_workers
+
+    def gradients(rows: slice) -> list[torch.Tensor]:
+        """Of DMA's loss over all workers where this one has `rows`: towers with nonlinear layers, projections, temperature.
+
+        The last title of the joined batch is the first one's again.
+        """
+        import torch
+        from torch import nn
+
+        from mim_ray.contrastive.gather import gather
+        from mim_ray.contrastive.info_nce import symmetric_info_nce
+        from mim_ray.pretraining.equal_content import equal_content_pairs
+        from mim_ray.training.optim import average_gradients
+
+        torch.manual_seed(0)
+        towers = [nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.LayerNorm(12), nn.Linear(12, 8)) for _ in range(2)]
+        log_scale = nn.Parameter(torch.tensor(2.0))
+        image, text = torch.randn(2, num_pairs, 6, generator=torch.Generator().manual_seed(1))
+        keys = torch.arange(num_pairs)[:, None].repeat(1, 2)
+        keys[-1, 0] = keys[0, 0]
+        pairs = equal_content_pairs(keys[rows], gather(keys[rows]))
+        symmetric_info_nce(towers[0](image[rows]), towers[1](text[rows]), log_scale.exp(), mask=pairs).backward()
+        trained = [*towers[0].parameters(), *towers[1].parameters(), log_scale]
+        average_gradients(trained)
+        return [parameter.grad for parameter in trained if parameter.grad is not None]
+
     def worker(rank: int) -> dict[str, Any]:
-        return {"gradients": gradients(slice(rank * BATCH, (rank + 1) * BATCH), BATCH * num_workers)}
+        return {"gradients": gradients(slice(rank * size, (rank + 1) * size))}
 
     results = gloo_workers(worker, num_workers)
-    expected = gradients(slice(0, BATCH * num_workers), BATCH * num_workers)
+    expected = gradients(slice(0, num_pairs))
     assert len(expected) == 13
     assert expected[-1].abs() > 1e-4  # the temperature's
     for result in results:
