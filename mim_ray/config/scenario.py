@@ -54,6 +54,9 @@ class Data(Section):
     root: str | None = None
     """Folder or URI with items and interactions (and, if there are, impressions and interest_pairs), each NAME.parquet
     (a file or a folder) or NAME (a Delta table or a folder of Parquet files). Without it the synthetic shop is built."""
+    images_root: str | None = None
+    """Folder or URI below which an item's image_uri may point, and from which a relative one is read. Default: data.root.
+    Nothing else is read, nothing is fetched over HTTP."""
     max_image_bytes: Positive = 8_000_000
     """An encoded image larger than this is rejected before decoding."""
     max_image_pixels: Positive = 50_000_000
@@ -213,6 +216,8 @@ class Pretraining(Workers):
 class Csft(Workers):
     """Section 3.3: C-SFT with space-time negatives."""
 
+    num_decoders: Count = 2
+    """Ray Data tasks at once that read and decode pictures for each worker, on CPUs. 0: in a thread of the worker."""
     batch_size: Positive = 1_024
     """N, pairs per worker (paper: 1,024)."""
     steps: Positive = 2_000
@@ -221,7 +226,7 @@ class Csft(Workers):
     past_warmup_steps: Count = 100
     """Past batches join after this many steps: before, their embeddings drift too fast."""
     hard_negatives: bool = True
-    """One other item of the positive's category per pair (Table 5: part of ST-NSG)."""
+    """One other item of the positive's category per pair (part of ST-NSG). A catalogue without categories needs false."""
     text_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
     """alpha of Eq. 6 (paper: 0.5)."""
     image_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
@@ -240,14 +245,28 @@ class Csft(Workers):
     """Of F_V and F_L."""
     warmup_ratio: Ratio = 0.1
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    signal: Literal["purchase", "click", "any"] = "any"
-    """Pairs used (Table 4: click is v4, purchase v5). "any": all pairs there are."""
+    supervision: Literal["category", "click-binary", "purchase-binary", "click", "purchase", "any"] = "any"
+    """Table 4: category is v1 (cross-entropy on item categories), click-binary v2 and purchase-binary v3 (binary
+    cross-entropy on pairs of that signal), click v4 and purchase v5, which is MIM (contrastive). "any": contrastive on all
+    pairs there are."""
+    multi_level: bool = True
+    """False: only q to h^MM, without the text and image levels of Eq. 6 (Table 5)."""
+    space_time_negatives: bool = True
+    """False: a query's negatives are the other positives of its own worker's batch (Table 5, without ST-NSG)."""
+    log_q: bool = False
+    """Take the log of an item's sampling frequency from its logits, so that popular items are not pushed away for being
+    met more often (Yi et al. 2019)."""
+    past_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Past batches are embedded by a slow copy of the encoder that keeps this part of itself at each step, as in MoCo
+    (0.99 to 0.999); costs a second copy and a second forward pass. 0: off, by the encoder itself."""
+    chunk_size: Positive | None = None
+    """Pairs embedded at once, with cached gradients: batches larger than memory, at a second forward pass. None: all."""
     held_out_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Part of the pairs, by hash, that is never trained on and on which retrieval is measured."""
     max_held_out: Positive = 1_024
     """Held-out pairs measured at most."""
-    max_gallery: Positive = 50_000
-    """Items among which retrieval looks for the purchased one; a larger catalogue is sampled."""
+    max_gallery: Positive | None = None
+    """Items among which retrieval looks for the purchased one; a larger catalogue is sampled. Default: all items."""
     checkpoint_every_steps: Positive = 500
     """Steps between the checkpoints from which crashed workers go on."""
 

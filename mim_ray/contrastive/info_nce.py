@@ -22,8 +22,8 @@ from torch.nn.functional import normalize
 from mim_ray.contrastive.gather import gather_with_grad, place
 
 MAX_LOGIT_SCALE = 100.0
-_TILE_NUMBERS = 2**20  # of one tile of logits: 4 MB
-_SAFE_SCALE = 60.0  # up to here exp(±scale) and sums of a million of them fit float32 without subtracting a maximum
+_TILE_NUMBERS = {"cpu": 2**19, "cuda": 2**24}  # of one tile of logits: 2 MB stay in a cache, 64 MB fill a GPU
+_SAFE_LOGIT = 60.0  # up to here exp(±logit) and sums of a million of them fit float32 without subtracting a maximum
 
 
 def info_nce(
@@ -35,6 +35,7 @@ def info_nce(
     past: Tensor | None = None,
     mask: Tensor | None = None,
     valid: Tensor | None = None,
+    bias: Tensor | None = None,
     tile: int | None = None,
 ) -> Tensor:
     """Mean over the queries of Eq. 5: how hard each query's positive is to tell from all other candidates.
@@ -48,10 +49,12 @@ def info_nce(
         mask: what is no negative: bool (B, M + K'), True where a candidate must not count for a query; or int64 (2, n),
             the same as pairs (query, candidate). Columns are `candidates` then `past`. A positive always counts.
         valid: (M + K',) bool, False for candidates that take no part at all.
+        bias: (M + K',) finite, without gradient, added to a candidate's logits, the positive's own included: for the
+            correction of sampling frequencies (Yi et al., RecSys 2019), minus the log of how often it is drawn.
         tile: candidates handled at once; chosen from B by default.
 
     Returns:
-        Scalar. Departs from the paper: temperature and mask.
+        Scalar. Departs from the paper: temperature, mask and bias.
     """
     return info_nce_rows(
         queries,
@@ -61,6 +64,7 @@ def info_nce(
         past=past,
         mask=mask,
         valid=valid,
+        bias=bias,
         tile=tile,
     ).mean()
 
@@ -74,6 +78,7 @@ def info_nce_rows(
     past: Tensor | None = None,
     mask: Tensor | None = None,
     valid: Tensor | None = None,
+    bias: Tensor | None = None,
     tile: int | None = None,
 ) -> Tensor:
     """`info_nce` before the mean: (B,) losses."""
@@ -82,10 +87,16 @@ def info_nce_rows(
     scale = logit_scale.float()
     if past is None:
         past = candidates.new_empty((0, candidates.shape[1]))
-    hidden = _Hidden.of(mask, valid, positive_index, len(candidates), len(past))
-    tile = tile or max(256, _TILE_NUMBERS // max(1, len(queries)))
-    lse: Tensor = _LogSumExp.apply(queries, candidates, scale, past, hidden, tile)
+    numbers = _TILE_NUMBERS.get(queries.device.type, _TILE_NUMBERS["cpu"])
+    tile = tile or max(256, numbers // max(1, len(queries)))
+    hidden = _Hidden.of(mask, valid, positive_index, len(candidates), len(past), tile)
     positive = scale * (queries * candidates[positive_index]).sum(-1)
+    if bias is not None:
+        assert bias.shape == (len(candidates) + len(past),)
+        bias = bias.detach().float()
+        bias = bias - (bias.max() + bias.min()) / 2  # a constant changes no softmax; so the numbers stay small
+        positive = positive + bias[positive_index]
+    lse: Tensor = _LogSumExp.apply(queries, candidates, scale, past, hidden, bias, tile)
     return lse - positive
 
 
@@ -123,14 +134,23 @@ def same_key_pairs(query_keys: Tensor, candidate_keys: Tensor) -> Tensor:
 
 
 class _Hidden:
-    """Entries of the logits that do not count, found per tile: pairs sorted by column, and columns as a whole."""
+    """Entries of the logits that do not count, cut by tile: pairs sorted by column, and columns as a whole.
 
-    def __init__(self, rows: Tensor, columns: Tensor, dead: Tensor) -> None:
+    Args:
+        rows, columns: (n,) pairs, sorted by column. dead: (m,) columns, sorted. edges: first columns of the tiles, and K.
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor, dead: Tensor, edges: list[int]) -> None:
         self.rows, self.columns, self.dead = rows, columns, dead
+        at = torch.tensor(edges, device=columns.device)
+        cuts = torch.stack(
+            [torch.searchsorted(columns, at), torch.searchsorted(dead, at)]
+        ).tolist()  # one wait for a GPU
+        self._cuts = {start: (cuts[0][n : n + 2], cuts[1][n : n + 2]) for n, start in enumerate(edges[:-1])}
 
     @classmethod
     def of(
-        cls, mask: Tensor | None, valid: Tensor | None, positive: Tensor, num_fresh: int, num_past: int
+        cls, mask: Tensor | None, valid: Tensor | None, positive: Tensor, num_fresh: int, num_past: int, tile: int
     ) -> _Hidden | None:
         if mask is None and valid is None:
             return None
@@ -145,38 +165,47 @@ class _Hidden:
         if valid is not None:
             assert valid.shape == (num_fresh + num_past,)
             dead = (~valid).nonzero().squeeze(1)
-        return cls(rows, columns, dead)
+        edges = [*range(0, num_fresh, tile), *range(num_fresh, num_fresh + num_past, tile), num_fresh + num_past]
+        return cls(rows, columns.contiguous(), dead, edges)
 
-    def clear(self, logits: Tensor, start: int, stop: int) -> None:
-        """Set the hidden entries of columns start … stop − 1 to −inf."""
-        low, high = _range(self.columns, start, stop)
+    def clear(self, logits: Tensor, start: int) -> None:
+        """Set the hidden entries of the tile that begins at column `start` to −inf."""
+        (low, high), (first, last) = self._cuts[start]
         if high > low:
             logits[self.rows[low:high], self.columns[low:high] - start] = -torch.inf
-        low, high = _range(self.dead, start, stop)
-        if high > low:
-            logits[:, self.dead[low:high] - start] = -torch.inf
+        if last > first:
+            logits[:, self.dead[first:last] - start] = -torch.inf
 
 
 class _LogSumExp(torch.autograd.Function):
-    """(B,) log Σ_j exp(scale · q·c_j) over fresh and past candidates."""
+    """(B,) log Σ_j exp(scale · q·c_j + bias_j) over fresh and past candidates."""
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, fresh: Tensor, scale: Tensor, past: Tensor, hidden: _Hidden | None, tile: int
+        ctx: Any,
+        queries: Tensor,
+        fresh: Tensor,
+        scale: Tensor,
+        past: Tensor,
+        hidden: _Hidden | None,
+        bias: Tensor | None,
+        tile: int,
     ) -> Tensor:
         scaled = queries * scale
-        bounded = float(scale) <= _SAFE_SCALE
+        bounded = float(scale if bias is None else scale + bias.abs().max()) <= _SAFE_LOGIT
         num_rows, width = queries.shape
         top = queries.new_zeros((num_rows, 1)) if bounded else queries.new_full((num_rows, 1), -torch.inf)
         total = queries.new_zeros(num_rows)
         mean = queries.new_zeros((num_rows, width))
-        buffer = queries.new_empty(num_rows * min(tile, max(len(fresh), len(past))))
+        buffer = queries.new_empty(
+            num_rows * min(tile, max(len(fresh), len(past)))
+        )  # of all tiles, one after the other
         for start, block in _tiles(fresh, past, tile):
             block = block.to(queries.dtype)  # (t, D)
             logits = buffer[: num_rows * len(block)].view(num_rows, len(block))
-            torch.mm(scaled, block.T, out=logits)
+            _logits(scaled, block, bias, start, out=logits)
             if hidden is not None:
-                hidden.clear(logits, start, start + len(block))
+                hidden.clear(logits, start)
             if not bounded:
                 higher = torch.maximum(top, logits.amax(1, keepdim=True)).clamp_min(-1e30)
                 shrink = torch.exp(top - higher)
@@ -191,7 +220,7 @@ class _LogSumExp(torch.autograd.Function):
         mean.div_(total.unsqueeze(1))
         lse = total.log_().add_(top.squeeze(1))
         ctx.save_for_backward(queries, fresh, scale, mean, lse)
-        ctx.hidden, ctx.tile, ctx.bounded = hidden, tile, bounded
+        ctx.hidden, ctx.bias, ctx.tile, ctx.bounded = hidden, bias, tile, bounded
         return lse
 
     @staticmethod
@@ -207,22 +236,27 @@ class _LogSumExp(torch.autograd.Function):
             # p_ij·g_i·s·q_i; while exp(logits) is in range, exp(−lse_i) joins the narrow side of the product
             factor = grad * scale * torch.exp(-lse) if ctx.bounded else grad * scale
             weighted = queries * factor.unsqueeze(1)  # (B, D)
+            buffer = queries.new_empty(len(queries) * min(ctx.tile, len(fresh)))
             for start, block in _tiles(fresh, fresh[:0], ctx.tile):
-                logits = torch.mm(scaled, block.T)  # (B, t)
+                logits = buffer[: len(queries) * len(block)].view(len(queries), len(block))
+                _logits(scaled, block, ctx.bias, start, out=logits)
                 if ctx.hidden is not None:
-                    ctx.hidden.clear(logits, start, start + len(block))
+                    ctx.hidden.clear(logits, start)
                 if not ctx.bounded:
                     logits.sub_(lse.unsqueeze(1))
                 torch.mm(logits.exp_().T, weighted, out=grad_fresh[start : start + len(block)])
-        return grad_queries, grad_fresh, grad_scale, None, None, None
+        return grad_queries, grad_fresh, grad_scale, None, None, None, None
+
+
+def _logits(scaled: Tensor, block: Tensor, bias: Tensor | None, start: int, *, out: Tensor) -> None:
+    """Into `out` (B, t): the logits of the columns from `start` on."""
+    if bias is None:
+        torch.mm(scaled, block.T, out=out)
+    else:
+        torch.addmm(bias[start : start + len(block)], scaled, block.T, out=out)
 
 
 def _tiles(fresh: Tensor, past: Tensor, tile: int) -> list[tuple[int, Tensor]]:
     """(first column, rows) of each tile; no tile has both fresh and past rows."""
     tiles = [(start, fresh[start : start + tile]) for start in range(0, len(fresh), tile)]
     return tiles + [(len(fresh) + start, past[start : start + tile]) for start in range(0, len(past), tile)]
-
-
-def _range(ordered: Tensor, start: int, stop: int) -> tuple[int, int]:
-    bounds = torch.searchsorted(ordered, torch.tensor([start, stop], device=ordered.device))
-    return int(bounds[0]), int(bounds[1])

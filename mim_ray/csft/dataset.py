@@ -1,36 +1,37 @@
-"""Interest pairs as training batches: query image, purchased item, hard negative, decoded and tokenized.
+"""Interest pairs as training batches: query image, purchased item, hard negative, decoded.
 
-A batch is a function of (seed, rank, P, step): rows come from RowBatches, those that cannot be used (held out, another
-signal, no query image, nothing to embed the item from) are left out, and the rest is cut into batches of exactly N pairs.
-`Position` says where the next batch starts, so that a resumed run goes on with the same rows.
+A chunk is what one decoding task makes: about 64 pairs of the worker's row order (data/batches.py), without those that
+cannot be used (held out, another signal, no query image, nothing to embed an item from), with a hard negative for each.
+Everything in it follows from (seed, rank, P, number). Batches are cut from the chunks in order, exactly N pairs each;
+`Position` says where the next one starts, so that a resumed run goes on with the same rows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch import Tensor
 
-from mim_ray.config.scenario import Data
+from mim_ray.config.scenario import Csft, Data
+from mim_ray.csft.items import ItemLoader, Items, eligible
 from mim_ray.csft.negatives import HardNegativeSampler
-from mim_ray.csft.purchases import Purchases
-from mim_ray.data.batches import RowBatches, ordered_batches, prefetch
+from mim_ray.csft.supervision import pair_signal
+from mim_ray.csft.user_items import UserItems
+from mim_ray.data.batches import RowBatches, ordered_batches
 from mim_ray.data.catalogue import Catalogue
+from mim_ray.data.feeding import Chunk, json_array, json_value
 from mim_ray.data.ids import hash_ids, mix
-from mim_ray.data.transforms import decode_images
-from mim_ray.encoders import ItemEncoder
+from mim_ray.data.transforms import PictureFormat
 from mim_ray.errors import DataError
 
 PAIR_COLUMNS = ["query_image", "query_item_id", "item_id", "signal", "timestamp", "user_id"]
-Signal = Literal["purchase", "click", "any"]
-_CACHE_BYTES = 512 * 2**20
+CHUNK_PAIRS = 64
+Reject = tuple[str, str]
+"""Key of a row that cannot be used, and the reason."""
 
 
 @dataclass(frozen=True)
@@ -50,128 +51,26 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, rows: slice) -> Pairs:
+    def __getitem__(self, rows: slice | np.ndarray) -> Pairs:
         return Pairs(self.pixels[rows], self.items[rows], self.users[rows], self.query_items[rows])
 
-    @staticmethod
-    def joined(parts: list[Pairs]) -> Pairs:
-        return Pairs(
-            np.concatenate([part.pixels for part in parts]),
-            np.concatenate([part.items for part in parts]),
-            np.concatenate([part.users for part in parts]),
-            np.concatenate([part.query_items for part in parts]),
-        )
 
-
-@dataclass(frozen=True)
-class ItemBatch:
-    """Items ready for the encoder: rows, contents (n,) int64; pixels (n, 3, S, S) uint8; tokens (n, T); flags (n,) bool."""
-
-    rows: Tensor
-    contents: Tensor
-    pixels: Tensor
-    has_image: Tensor
-    tokens: dict[str, Tensor]
-    has_text: Tensor
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a worker's next batch starts: epoch, step of RowBatches in it, usable pairs of that step already given out."""
-
-    epoch: int = 0
-    step: int = 0
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """N pairs; items are the N positives, then the N hard negatives if there are any.
-
-    Attributes:
-        bought: places in the batch and catalogue rows of the users' purchases.
-        next: where the batch after this one starts.
-        num_other_category: hard negatives that could not come from the positive's category.
-    """
-
-    query_pixels: Tensor
-    items: ItemBatch
-    bought: tuple[Tensor, Tensor]
-    next: Position
-    num_other_category: int
-
-
-class ItemLoader:
-    """Catalogue rows to encoder input; decoded pictures stay in memory where all of them fit 512 MB."""
-
-    def __init__(self, catalogue: Catalogue, encoder: ItemEncoder, data: Data) -> None:
-        self.catalogue = catalogue
-        self._tokenize = encoder.text.tokenize
-        self._picture = encoder.picture
-        self._limits = (data.max_image_bytes, data.max_image_pixels)
-        self._kept: np.ndarray | None = None
-        size = self._picture.size
-        if catalogue.num_items * 3 * size**2 <= _CACHE_BYTES:
-            self._kept = np.empty((catalogue.num_items, 3, size, size), np.uint8)
-        self._state = np.zeros(catalogue.num_items, np.int8)  # 0 not decoded yet, 1 decoded, 2 no usable picture
-
-    def items(
-        self, rows: np.ndarray, *, drop_image: np.ndarray | None = None, drop_text: np.ndarray | None = None
-    ) -> ItemBatch:
-        """Args: rows: (n,). drop_image, drop_text: (n,) bool, items that are to be seen without their picture (title)."""
-        table = self.catalogue.take(rows, ["title", "content_hash"])
-        pixels, has_image = self.pictures(rows)
-        titles = table.column("title").to_pylist()
-        has_text = np.array([title is not None and bool(title.strip()) for title in titles], bool)
-        if drop_image is not None:
-            has_image = has_image & ~(drop_image & has_text)
-        if drop_text is not None:
-            has_text = has_text & ~(drop_text & has_image)
-        return ItemBatch(
-            torch.from_numpy(rows),
-            torch.from_numpy(hash_ids(table.column("content_hash")).view(np.int64)),
-            torch.from_numpy(pixels),
-            torch.from_numpy(has_image),
-            self._tokenize(titles),
-            torch.from_numpy(has_text),
-        )
-
-    def pictures(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (n, 3, S, S), anything where there is none, and (n,) bool."""
-        if self._kept is None:
-            return self._decode_rows(rows)
-        missing = np.unique(rows[self._state[rows] == 0])
-        if len(missing):
-            self._kept[missing], usable = self._decode_rows(missing)
-            self._state[missing] = np.where(usable, 1, 2)
-        return self._kept[rows], self._state[rows] == 1
-
-    def decode(self, images: list[bytes | None]) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (n, 3, S, S) and (n,) bool of encoded pictures."""
-        return decode_images(images, self._picture, *self._limits)
-
-    def _decode_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.decode(self.catalogue.take(rows, ["image"]).column("image").to_pylist())
-
-
-class PairSource:
-    """The usable pairs of a table of pairs, split into those to train on and those held out.
+class PairReader:
+    """Rows of the pairs table to usable pairs, either those to train on or those held out.
 
     Args:
         held_out_ratio: part of the pairs, chosen by a hash of user, item and time, that is never trained on.
-        rejected: counts why pairs were left out, by reason.
     """
 
-    def __init__(self, loader: ItemLoader, *, signal: Signal, held_out_ratio: float) -> None:
-        self.loader = loader
-        self._signal, self._held_out_ratio = signal, held_out_ratio
+    def __init__(self, loader: ItemLoader, settings: Csft) -> None:
+        self._loader = loader
+        self._signal, self._held_out_ratio = pair_signal(settings.supervision), settings.held_out_ratio
         catalogue = loader.catalogue
         self._has_content = catalogue.has_image | catalogue.has_title
-        self.rejected: Counter[str] = Counter()
 
-    def usable(self, table: pa.Table, *, held_out: bool) -> Pairs:
-        """The pairs of `table` (PAIR_COLUMNS) that are of the wanted part and can be used."""
-        catalogue = self.loader.catalogue
+    def usable(self, table: pa.Table, *, held_out: bool) -> tuple[Pairs, list[Reject]]:
+        """The pairs of `table` (PAIR_COLUMNS) that are of the wanted part and can be used, and the others of that part."""
+        catalogue = self._loader.catalogue
         wanted = self._is_held_out(table) == held_out
         if self._signal != "any":
             wanted &= np.asarray(pc.fill_null(pc.equal(table.column("signal"), self._signal), False))
@@ -181,28 +80,38 @@ class PairSource:
         known = items >= 0
         with_content = known & self._has_content[np.maximum(items, 0)]
         images = table.column("query_image").to_pylist()
-        pixels, has_query = self.loader.decode(images)
+        pixels, has_query = self._loader.decode(images)
         own = np.array([image is not None for image in images], bool)
         from_item = np.flatnonzero(~own & (query_items >= 0))
         if len(from_item):
-            pixels[from_item], has_query[from_item] = self.loader.pictures(query_items[from_item])
+            pixels[from_item], has_query[from_item] = self._loader.pictures(query_items[from_item])
         query_items[own] = -1
-        self._count("unknown item", ~known)
-        self._count("item without content", known & ~with_content)
-        self._count("query image corrupt", with_content & own & ~has_query)
-        self._count("no query image", with_content & ~own & ~has_query)
-        keep = np.flatnonzero(with_content & has_query)
-        return Pairs(pixels[keep], items[keep], hash_ids(table.column("user_id"))[keep], query_items[keep])
+        reasons = np.full(len(items), "", object)
+        reasons[~known] = "unknown item"
+        reasons[known & ~with_content] = "item without content"
+        reasons[with_content & ~has_query] = np.where(own, "query image corrupt", "no query image")[
+            with_content & ~has_query
+        ]
+        bad = np.flatnonzero(reasons != "")
+        rows = table.select(["user_id", "item_id", "timestamp"]).take(pa.array(bad)).to_pylist()
+        rejects = [
+            (f"{row['user_id']} {row['item_id']} {row['timestamp']}", str(reason))
+            for row, reason in zip(rows, reasons[bad], strict=True)
+        ]
+        pairs = Pairs(pixels, items, hash_ids(table.column("user_id")), query_items)
+        return pairs[np.flatnonzero(reasons == "")], rejects
 
     def held_out(self, pairs: str, most: int) -> Pairs | None:
         """The first `most` held-out pairs of the table at a URI; None if there are none."""
         parts: list[Pairs] = []
         for table in ordered_batches(pairs, PAIR_COLUMNS, 4_096, read_ahead=False):
-            parts.append(self.usable(table, held_out=True))
+            parts.append(self.usable(table, held_out=True)[0])
             if sum(map(len, parts)) >= most:
                 break
-        joined = Pairs.joined(parts)[:most] if parts else None
-        return joined if joined is not None and len(joined) else None
+        if not sum(map(len, parts)):
+            return None
+        names = ("pixels", "items", "users", "query_items")
+        return Pairs(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))[:most]
 
     def _is_held_out(self, table: pa.Table) -> np.ndarray:
         time = np.asarray(table.column("timestamp").cast(pa.int64()).fill_null(0)).astype(np.uint64)
@@ -210,86 +119,223 @@ class PairSource:
         share: np.ndarray = (key >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self._held_out_ratio
         return share
 
-    def _count(self, reason: str, rows: np.ndarray) -> None:
-        if rows.any():
-            self.rejected[reason] += int(rows.sum())
+
+@dataclass(frozen=True)
+class PairChunks:
+    """One worker's training pairs as a ChunkSource (data/feeding.py).
+
+    Attributes:
+        samples: URI of the samples. user_items: URI of bought/ and, for binary losses, shown/ (UserItems).
+        before_us: hard negatives are items that existed then (microseconds UTC).
+    """
+
+    samples: str
+    user_items: str
+    settings: Csft
+    data: Data
+    picture: PictureFormat
+    before_us: int
+    seed: int
+    rank: int
+    num_workers: int
+
+    def rows(self) -> RowBatches:
+        """The worker's row order; its steps are the chunks of an epoch."""
+        pairs = f"{self.samples}/interest_pairs"
+        return RowBatches(pairs, PAIR_COLUMNS, CHUNK_PAIRS, self.seed, self.rank, self.num_workers)
+
+    def open(self) -> Callable[[int], Chunk]:
+        catalogue = Catalogue.open(f"{self.samples}/catalogue")
+        loader = ItemLoader(catalogue, self.picture, self.data)
+        reader, rows = PairReader(loader, self.settings), self.rows()
+        bought = UserItems.open(f"{self.user_items}/bought")
+        shown = UserItems.open(f"{self.user_items}/shown") if self.settings.supervision.endswith("-binary") else None
+        hard = None
+        if self.settings.hard_negatives and self.settings.space_time_negatives:
+            hard = HardNegativeSampler.of_catalogue(catalogue, eligible(catalogue, self.before_us))
+
+        def make(number: int) -> Chunk:
+            epoch, step = divmod(number, rows.steps_per_epoch)
+            pairs, rejects = reader.usable(rows.batch(epoch, step), held_out=False)
+            random = np.random.default_rng([self.seed, 3, self.rank, number])
+            return self._chunk(pairs, rejects, loader, bought, shown, hard, random)
+
+        return make
+
+    def _chunk(
+        self,
+        pairs: Pairs,
+        rejects: list[Reject],
+        loader: ItemLoader,
+        bought: UserItems,
+        shown: UserItems | None,
+        hard: HardNegativeSampler | None,
+        random: np.random.Generator,
+    ) -> Chunk:
+        owned = bought.of(pairs.users)
+        groups, num_other = [pairs.items], 0
+        if hard is not None:
+            drawn = hard.draw(pairs.items, owned, random)
+            groups.append(drawn.rows)
+            num_other = drawn.num_other_category
+        rejects = rejects + [
+            (name, "image corrupt")
+            for name in loader.catalogue.ids.take(pa.array(loader.broken(np.concatenate(groups)))).to_pylist()
+        ]
+        drop = random.random((2, len(groups), len(pairs))) < self.settings.modality_dropout
+        items = [
+            loader.items(rows, drop_image=drop[0, group], drop_text=drop[1, group]) for group, rows in enumerate(groups)
+        ]
+        whole = np.flatnonzero(np.all([part.has_image | part.has_text for part in items], axis=0))
+        place, row = _places(owned, whole, len(pairs))
+        chunk = {
+            "query_pixels": pairs.pixels[whole],
+            "bought_place": place,
+            "bought_row": row,
+            "num_other_category": np.array([num_other]),
+            "rejects": json_array(rejects),
+        }
+        for group, part in enumerate(items):
+            chunk |= {f"items{group}.{name}": array for name, array in part[whole].as_chunk().items()}
+        if shown is not None:
+            seen, rows = shown.draw(pairs.users[whole], random)
+            kept = loader.items(rows)
+            fine = np.flatnonzero(kept.has_image | kept.has_text)
+            chunk |= {"shown_place": seen[fine]}
+            chunk |= {f"shown.{name}": array for name, array in kept[fine].as_chunk().items()}
+        return chunk
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a worker's next batch starts: number of the chunk, pairs of it already given out."""
+
+    chunk: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """N pairs, or a part of such a batch.
+
+    Attributes:
+        query_pixels: (N, 3, S, S) uint8.
+        groups: N items each: the positives, then the hard negatives if there are any.
+        bought: places in the batch and catalogue rows of the users' purchases.
+        shown: places in the batch, and the items that those users saw and did not click; None unless asked for.
+    """
+
+    query_pixels: np.ndarray
+    groups: list[Items]
+    bought: tuple[np.ndarray, np.ndarray]
+    shown: tuple[np.ndarray, Items] | None
+
+    def __len__(self) -> int:
+        return len(self.query_pixels)
+
+    def __getitem__(self, rows: slice) -> PairBatch:
+        start, stop, _ = rows.indices(len(self))
+        wanted = np.arange(start, stop)
+        shown = None
+        if self.shown is not None:
+            inside = np.flatnonzero((self.shown[0] >= start) & (self.shown[0] < stop))
+            shown = (self.shown[0][inside] - start, self.shown[1][inside])
+        bought = _places(self.bought, wanted, len(self))
+        return PairBatch(self.query_pixels[rows], [group[rows] for group in self.groups], bought, shown)
+
+    @staticmethod
+    def of_chunk(chunk: Chunk) -> PairBatch:
+        def items(prefix: str) -> Items:
+            start = len(prefix) + 1
+            return Items.of_chunk({key[start:]: value for key, value in chunk.items() if key.startswith(f"{prefix}.")})
+
+        groups = [items(name) for name in ("items0", "items1") if f"{name}.rows" in chunk]
+        shown = (chunk["shown_place"], items("shown")) if "shown_place" in chunk else None
+        return PairBatch(chunk["query_pixels"], groups, (chunk["bought_place"], chunk["bought_row"]), shown)
+
+    @staticmethod
+    def joined(parts: list[PairBatch]) -> PairBatch:
+        starts = np.cumsum([0, *(len(part) for part in parts)])[:-1]
+        placed = list(zip(parts, starts, strict=True))
+        shown = None
+        if parts[0].shown is not None:
+            found = [(part.shown, start) for part, start in placed if part.shown is not None]
+            shown = (
+                np.concatenate([places + start for (places, _), start in found]),
+                Items.joined([items for (_, items), _ in found]),
+            )
+        return PairBatch(
+            np.concatenate([part.query_pixels for part in parts]),
+            [Items.joined(list(group)) for group in zip(*(part.groups for part in parts), strict=True)],
+            (
+                np.concatenate([part.bought[0] + start for part, start in placed]),
+                np.concatenate([part.bought[1] for part in parts]),
+            ),
+            shown,
+        )
 
 
 class PairBatches:
-    """Training batches of one worker.
+    """Batches of exactly N pairs cut from a stream of chunks.
 
-    Args:
-        hard_negatives: None for none.
-        modality_dropout: chance that an item is seen without its picture, and likewise its title (never without both).
+    Attributes:
+        position: where the next batch starts.
+        rejects: what could not be used so far, each key once, 10,000 at most; num_rejected counts by reason.
+        num_other_category: hard negatives so far that could not come from the positive's category.
     """
 
-    def __init__(
-        self,
-        source: PairSource,
-        rows: RowBatches,
-        purchases: Purchases,
-        hard_negatives: HardNegativeSampler | None,
-        *,
-        batch_size: int,
-        modality_dropout: float,
-        seed: int,
-        rank: int,
-    ) -> None:
-        self._source, self._rows, self._purchases = source, rows, purchases
-        self._hard_negatives, self._batch_size = hard_negatives, batch_size
-        self._dropout, self._seed, self._rank = modality_dropout, seed, rank
+    _MOST_REJECTS = 10_000
 
-    def steps(self, num_steps: int, start_step: int = 0, position: Position | None = None) -> Iterator[PairBatch]:
-        """Batches `start_step` to `num_steps` − 1, made ahead in a thread; `position` is where `start_step` begins."""
-        return prefetch(self._steps(num_steps, start_step, position or Position()))
+    def __init__(self, chunks: Iterator[Chunk], position: Position, batch_size: int, chunks_per_epoch: int) -> None:
+        self.position = position
+        self.rejects: dict[str, str] = {}
+        self.num_other_category = 0
+        self._chunks, self._batch_size, self._per_epoch = chunks, batch_size, chunks_per_epoch
+        self._numbers = position.chunk
+        self._held: list[tuple[Position, PairBatch]] = []
+        self._empty_chunks = 0
 
-    def _steps(self, num_steps: int, start_step: int, position: Position) -> Iterator[PairBatch]:
-        chunks = self._chunks(position)
-        held: list[tuple[Position, Pairs]] = []
-        for step in range(start_step, num_steps):
-            while sum(len(pairs) for _, pairs in held) < self._batch_size:
-                held.append(next(chunks))
-            parts, missing = [], self._batch_size
-            while missing:
-                at, pairs = held.pop(0)
-                parts.append(pairs[:missing])
-                if len(pairs) > missing:
-                    held.insert(0, (replace(at, offset=at.offset + missing), pairs[missing:]))
-                following = replace(at, offset=at.offset + len(parts[-1]))
-                missing -= len(parts[-1])
-            yield self._batch(Pairs.joined(parts), step, following)
+    def next(self) -> PairBatch:
+        """
+        Raises:
+            DataError: a whole epoch had no usable pair.
+        """
+        while sum(len(pairs) for _, pairs in self._held) < self._batch_size:
+            self._take_chunk()
+        parts, missing = [], self._batch_size
+        while missing:
+            at, pairs = self._held.pop(0)
+            parts.append(pairs[:missing])
+            given = len(parts[-1])
+            if len(pairs) > missing:
+                self._held.insert(0, (Position(at.chunk, at.offset + given), pairs[missing:]))
+            self.position = Position(at.chunk, at.offset + given)
+            missing -= given
+        return PairBatch.joined(parts)
 
-    def _batch(self, pairs: Pairs, step: int, following: Position) -> PairBatch:
-        random = np.random.default_rng([self._seed, 3, self._rank, step])
-        bought = self._purchases.of(pairs.users)
-        rows, num_other = pairs.items, 0
-        if self._hard_negatives is not None:
-            drawn = self._hard_negatives.draw(pairs.items, bought, random)
-            rows, num_other = np.concatenate([rows, drawn.rows]), drawn.num_other_category
-        drop_image, drop_text = random.random((2, len(rows))) < self._dropout
-        items = self._source.loader.items(rows, drop_image=drop_image, drop_text=drop_text)
-        return PairBatch(
-            torch.from_numpy(pairs.pixels),
-            items,
-            (torch.from_numpy(bought[0]), torch.from_numpy(bought[1])),
-            following,
-            num_other,
-        )
+    def _take_chunk(self) -> None:
+        chunk = next(self._chunks)
+        at = Position(self._numbers, self.position.offset if self._numbers == self.position.chunk else 0)
+        self._numbers += 1
+        self.num_other_category += int(chunk["num_other_category"][0])
+        for key, reason in json_value(chunk["rejects"]):
+            if len(self.rejects) < self._MOST_REJECTS:
+                self.rejects[key] = reason
+        pairs = PairBatch.of_chunk(chunk)
+        self._empty_chunks = 0 if len(pairs) else self._empty_chunks + 1
+        if self._empty_chunks >= self._per_epoch:
+            counts = sorted(Counter(self.rejects.values()).items())
+            raise DataError(
+                "No interest pair can be trained on: "
+                + (", ".join(f"{n} with {reason}" for reason, n in counts) or "none of the wanted signal")
+                + ". See csft.supervision, and samples.pair_events for which events make pairs."
+            )
+        self._held.append((at, pairs[at.offset :]))
 
-    def _chunks(self, position: Position) -> Iterator[tuple[Position, Pairs]]:
-        """Usable pairs of one RowBatches step after the other, over the epochs."""
-        epoch, step, skip = position.epoch, position.step, position.offset
-        while True:
-            whole, found = step == 0, skip
-            for table in self._rows.epoch(epoch, step):
-                pairs = self._source.usable(table, held_out=False)
-                yield Position(epoch, step, skip), pairs[skip:]
-                found += len(pairs)
-                step, skip = step + 1, 0
-            if whole and not found:
-                raise DataError(
-                    "No interest pair can be trained on: "
-                    + (", ".join(f"{n} with {reason}" for reason, n in sorted(self._source.rejected.items())) or "none")
-                    + ". See csft.signal, and samples.pair_events for which events make pairs."
-                )
-            epoch, step = epoch + 1, 0
+
+def _places(owned: tuple[np.ndarray, np.ndarray], kept: np.ndarray, num_pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """(place, row) of `kept` places only, counted from 0 among them."""
+    new = np.full(num_pairs, -1, np.int64)
+    new[kept] = np.arange(len(kept))
+    place = new[owned[0]]
+    return place[place >= 0], owned[1][place >= 0]

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from mim_ray.contrastive.info_nce import same_key_pairs
+from mim_ray.data.catalogue import Catalogue
+from mim_ray.data.ids import hash_ids
 
 _DRAWS = 8
 _MOST_TRIED = 4_096
@@ -52,6 +54,14 @@ class HardNegativeSampler:
         self._members = with_category[np.argsort(categories[with_category], kind="stable")]
         num_categories = int(categories.max(initial=-1)) + 1
         self._starts = np.searchsorted(categories[self._members], np.arange(num_categories + 1))
+
+    @classmethod
+    def of_catalogue(cls, catalogue: Catalogue, eligible: np.ndarray) -> HardNegativeSampler:
+        """Args: eligible: catalogue rows that may be drawn."""
+        contents = hash_ids(catalogue.take(np.arange(catalogue.num_items), ["content_hash"]).column(0))
+        allowed = np.zeros(catalogue.num_items, bool)
+        allowed[eligible] = True
+        return cls(catalogue.category_codes[0], contents.view(np.int64), allowed)
 
     def draw(
         self, positives: np.ndarray, bought: tuple[np.ndarray, np.ndarray], random: np.random.Generator
@@ -123,6 +133,13 @@ class Candidates:
     items: Tensor
     contents: Tensor
 
+    def __getitem__(self, rows: slice | Tensor) -> Candidates:
+        return Candidates(*(part[rows] for part in _parts(self)))
+
+    @staticmethod
+    def joined(first: Candidates, second: Candidates) -> Candidates:
+        return Candidates(*(torch.cat(pair) for pair in zip(_parts(first), _parts(second), strict=True)))
+
     def valid(self, level: str) -> Tensor | None:
         """(M,) bool, which rows take part at a level; None for all."""
         flags = {"mm": None, "text": self.has_text, "image": self.has_image}[level]
@@ -151,11 +168,7 @@ class PastBatches:
         """What is held, or None while empty; oldest and newest in any order."""
         if self._ring is None or not len(self):
             return None
-        rows = len(self) * self._rows
-        ring = self._ring
-        return Candidates(
-            ring.embeddings[:rows], ring.has_text[:rows], ring.has_image[:rows], ring.items[:rows], ring.contents[:rows]
-        )
+        return self._ring[: len(self) * self._rows]
 
     def push(self, batch: Candidates) -> None:
         """Take in a batch; the oldest goes when there are more than k. All batches have the same number of rows."""
@@ -177,7 +190,7 @@ class PastBatches:
         if self._ring is None or not 1 <= age <= len(self):
             return None
         start = (self._num_pushed - age) % self.num_batches * self._rows
-        return Candidates(*(part[start : start + self._rows] for part in _parts(self._ring)))
+        return self._ring[start : start + self._rows]
 
     def state(self) -> dict[str, Tensor]:
         """Flat tensors for a checkpoint."""

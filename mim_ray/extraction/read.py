@@ -14,6 +14,7 @@ from ray.data.context import DataContext
 from ray.data.datasource import Datasource, ReadTask
 
 from mim_ray.data.event_log import is_blank
+from mim_ray.data.image_files import ImageFiles
 from mim_ray.data.transforms import BadImage, PictureFormat, clean_title, content_hash, decode_image
 from mim_ray.extraction.plan import Unit
 
@@ -28,6 +29,7 @@ class Decoding:
     max_image_bytes: int
     max_image_pixels: int
     max_title_chars: int
+    images_root: str
 
 
 class ItemShards(Datasource):
@@ -81,20 +83,21 @@ def prepare_items(rows: pa.Table, duplicate: np.ndarray, decoding: Decoding) -> 
     blank = is_blank(rows["item_id"])
     pixels: list[bytes | None] = []
     hashes, image_reasons, image_details, drop_reasons = [], [], [], []
-    given = zip(titles, rows["image"].to_pylist(), rows["image_uri"].to_pylist(), blank, duplicate, strict=True)
-    for title, image, uri, no_id, again in given:
+    files = ImageFiles(decoding.images_root, decoding.max_image_bytes)
+    images = files.read_all(rows["image"].to_pylist(), rows["image_uri"].to_pylist())
+    for title, image, no_id, again in zip(titles, images, blank, duplicate, strict=True):
         picture, reason, detail = None, None, None
         if no_id or again:
-            pass
-        elif image:
+            image = None
+        if isinstance(image, BadImage):
+            reason, detail, image = image.reason, image.detail, None
+        elif image is not None:
             try:
                 picture = decode_image(
                     image, decoding.picture, decoding.max_image_bytes, decoding.max_image_pixels
                 ).tobytes()
             except BadImage as error:
                 reason, detail = error.reason, error.detail
-        elif uri:
-            reason, detail = "image only as image_uri", f"{uri[:200]} is not fetched; put the bytes in image"
         pixels.append(picture)
         image_reasons.append(reason)
         image_details.append(detail)

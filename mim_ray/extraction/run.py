@@ -19,6 +19,7 @@ from ray.data import ActorPoolStrategy
 
 from mim_ray import artifacts
 from mim_ray.config.scenario import Extraction, Scenario
+from mim_ray.data.image_files import images_root
 from mim_ray.data.rejects import write_rejects
 from mim_ray.data.sources import require_table
 from mim_ray.data.transforms import PictureFormat
@@ -64,7 +65,9 @@ def run(
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{encoder}/encoder.json describes no encoder ({error}). Run its stage again.") from None
     data = scenario.data
-    decoding = Decoding(picture, data.max_image_bytes, data.max_image_pixels, data.max_title_chars)
+    decoding = Decoding(
+        picture, data.max_image_bytes, data.max_image_pixels, data.max_title_chars, images_root(data, data_root)
+    )
     table = EmbeddingTable(f"{center}/table").create()
     done = extract(
         require_table(data_root, "items"),

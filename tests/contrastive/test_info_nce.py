@@ -18,8 +18,10 @@ def loop_info_nce(
     positives: list[int],
     temperature: float,
     hidden: set[tuple[int, int]],
+    bias: list[float] | None = None,
 ) -> float:
-    """Eq. 5 as the paper writes it, plus temperature and mask."""
+    """Eq. 5 as the paper writes it, plus temperature, mask and bias."""
+    bias = bias or [0.0] * len(candidates)
 
     def sim(a: list[float], b: list[float]) -> float:
         dot = sum(x * y for x, y in zip(a, b, strict=True))
@@ -28,16 +30,19 @@ def loop_info_nce(
     losses = []
     for i, query in enumerate(queries):
         terms = [
-            math.exp(sim(query, candidate) / temperature)
+            math.exp(sim(query, candidate) / temperature + bias[j])
             for j, candidate in enumerate(candidates)
             if (i, j) not in hidden or j == positives[i]
         ]
-        losses.append(-math.log(math.exp(sim(query, candidates[positives[i]]) / temperature) / sum(terms)))
+        own = math.exp(sim(query, candidates[positives[i]]) / temperature + bias[positives[i]])
+        losses.append(-math.log(own / sum(terms)))
     return sum(losses) / len(losses)
 
 
-def dense_rows(q: Tensor, c: Tensor, positive: Tensor, scale: Tensor, past: Tensor, hidden: Tensor) -> Tensor:
-    logits = scale * normalize(q, dim=-1) @ torch.cat([normalize(c, dim=-1), past.float()]).T
+def dense_rows(
+    q: Tensor, c: Tensor, positive: Tensor, scale: Tensor, past: Tensor, hidden: Tensor, bias: Tensor | float = 0.0
+) -> Tensor:
+    logits = scale * normalize(q, dim=-1) @ torch.cat([normalize(c, dim=-1), past.float()]).T + bias
     hidden = hidden.clone()
     hidden[torch.arange(len(q)), positive] = False
     return cross_entropy(logits.masked_fill(hidden, -torch.inf), positive, reduction="none")
@@ -67,6 +72,29 @@ def test_equals_the_loop_written_from_the_paper(rng: torch.Generator, temperatur
     assert split.item() == pytest.approx(want, rel=1e-5)
 
 
+def test_a_bias_equals_the_loop_written_from_the_paper(rng: torch.Generator) -> None:
+    """Minus the log of the sampling frequency, on the positive's own logit too (Yi et al. 2019)."""
+    queries, candidates = torch.randn(4, 3, generator=rng), torch.randn(9, 3, generator=rng)
+    bias = torch.randn(9, generator=rng) * 2
+    mask = torch.tensor([[0, 0, 3], [1, 2, 7]])
+    got = info_nce(
+        queries, candidates[:6], torch.tensor([2, 0, 5, 3]), logit_scale=torch.tensor(5.0),
+        past=normalize(candidates[6:], dim=-1), mask=mask, bias=bias, tile=4,
+    )  # fmt: skip
+    hidden = {(0, 1), (0, 2), (3, 7)}
+    want = loop_info_nce(queries.tolist(), candidates.tolist(), [2, 0, 5, 3], 0.2, hidden, bias.tolist())
+    assert got.item() == pytest.approx(want, rel=1e-5)
+
+
+def test_an_equal_bias_for_all_changes_nothing(rng: torch.Generator) -> None:
+    q, c = torch.randn(4, 3, generator=rng), torch.randn(9, 3, generator=rng)
+    plain, shifted = (
+        info_nce(q, c, torch.arange(4), logit_scale=torch.tensor(9.0), bias=bias)
+        for bias in (None, torch.full((9,), 7.0))
+    )
+    assert plain == shifted
+
+
 def test_by_hand() -> None:
     # one query along x; candidates along x, y and -x: loss = log(1 + e^-1 + e^-2) at temperature 1
     loss = info_nce(
@@ -83,7 +111,10 @@ def test_by_hand() -> None:
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 @pytest.mark.parametrize("tile", [1, 7, 1000])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_equal_autograd_on_dense_logits(rng: torch.Generator, scale: float, tile: int, masked: bool) -> None:
+@pytest.mark.parametrize("bias_std", [0.0, 3.0, 40.0])
+def test_gradients_equal_autograd_on_dense_logits(
+    rng: torch.Generator, scale: float, tile: int, masked: bool, bias_std: float
+) -> None:
     q = torch.randn(6, 8, generator=rng, requires_grad=True)
     c = torch.randn(13, 8, generator=rng, requires_grad=True)
     past = normalize(torch.randn(20, 8, generator=rng), dim=-1).bfloat16()
@@ -91,9 +122,19 @@ def test_gradients_equal_autograd_on_dense_logits(rng: torch.Generator, scale: f
     positive = torch.tensor([0, 3, 3, 12, 7, 1])
     mask = torch.rand(6, 33, generator=rng) < (0.3 if masked else 0.0)
     weights = torch.rand(6, generator=rng)
-    want = dense_rows(q, c, positive, s, past, mask)
+    bias = torch.randn(33, generator=rng) * bias_std
+    want = dense_rows(q, c, positive, s, past, mask, bias)
     grads = torch.autograd.grad((want * weights).sum(), (q, c, s))
-    got = info_nce_rows(q, c, positive, logit_scale=s, past=past, mask=mask if masked else None, tile=tile)
+    got = info_nce_rows(
+        q,
+        c,
+        positive,
+        logit_scale=s,
+        past=past,
+        mask=mask if masked else None,
+        bias=bias if bias_std else None,
+        tile=tile,
+    )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(torch.autograd.grad((got * weights).sum(), (q, c, s)), grads, strict=True):
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp_min(1e-3)

@@ -16,7 +16,7 @@ from mim_ray.extraction.embed import Embedder
 from mim_ray.extraction.plan import plan
 from mim_ray.extraction.read import Decoding, read_unit
 
-DECODING = Decoding(PictureFormat(8, "squash"), 100_000, 10_000, 40)
+DECODING = Decoding(PictureFormat(8, "squash"), 100_000, 10_000, 40, "/nowhere")
 
 
 def prepared(tmp_path: Path, make_items: Callable[..., str], **replaced: Any) -> pa.Table:
@@ -55,7 +55,7 @@ def test_unusable_content_is_named_and_the_rest_goes_on(tmp_path: Path, make_ite
         4: (None, "no content"),
         5: (None, None),
         6: ("image too large", None),
-        7: ("image only as image_uri", None),
+        7: ("image_uri outside data.images_root", None),
         8: (None, None),
         9: (None, None),
         10: (None, "no item id"),

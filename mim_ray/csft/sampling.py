@@ -1,0 +1,74 @@
+"""How often each item of the catalogue is met in a batch: what the correction of sampling frequencies needs.
+
+Negatives that come with other pairs' positives come as often as they are bought, so the plain loss pushes popular items away
+from every query. Yi et al. (RecSys 2019, "Sampling-bias-corrected neural modeling for large corpus item recommendations")
+take log q_j from each candidate's logit, the positive's included, where q_j is how often item j is in a batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from mim_ray.data.batches import ordered_batches
+from mim_ray.data.catalogue import Catalogue
+
+_SCAN_ROWS = 65_536
+
+
+def sampling_rates(
+    pair_counts: np.ndarray, categories: np.ndarray, eligible: np.ndarray, *, hard_negatives: bool
+) -> np.ndarray:
+    """(num_items,) expected number of times that each item is in a batch, divided by the number of pairs in it.
+
+    A positive comes in proportion to its training pairs. Its hard negative is drawn evenly from the other eligible items
+    of its category, as `HardNegativeSampler` does, and from all eligible items where the category has no other. The rates
+    add up to 1, or to 2 with hard negatives. Neglected: what one user may not get (doubles, own purchases), and that a draw
+    from all items leaves out the positive.
+
+    Args:
+        pair_counts: (num_items,) training pairs of each item.
+        categories: (num_items,) int code of each item's category, negative without one.
+        eligible: (num_items,) bool, items that may be drawn as hard negatives.
+    """
+    positive = pair_counts / max(1, pair_counts.sum())
+    if not hard_negatives:
+        return positive
+    num_categories = int(categories.max(initial=-1)) + 1
+    has_category = categories >= 0
+    code = np.where(has_category, categories, num_categories)  # the last one stands for none
+    members = np.bincount(code[eligible], minlength=num_categories + 1)
+    others = np.where(has_category, members[code] - eligible, 0)  # from which an item's hard negative is drawn
+    drawn = np.divide(positive, others, out=np.zeros_like(positive), where=others > 0)
+    in_category = np.bincount(code, weights=drawn, minlength=num_categories + 1)[code] - drawn * eligible
+    anywhere = positive[others == 0].sum() / max(1, eligible.sum())
+    rates: np.ndarray = positive + np.where(eligible, np.where(has_category, in_category, 0.0) + anywhere, 0.0)
+    return rates
+
+
+def log_q(rates: np.ndarray) -> Tensor:
+    """(num_items,) float32 log of `sampling_rates`, for `CsftObjective`.
+
+    The number of pairs in a batch would add the same to all, which no softmax sees. An item that is never expected counts
+    as the rarest one that is.
+    """
+    met = rates[rates > 0]
+    floor = met.min() if len(met) else 1.0
+    return torch.from_numpy(np.log(np.maximum(rates, floor)).astype(np.float32))
+
+
+def pair_counts(pairs: str, catalogue: Catalogue, signal: str) -> np.ndarray:
+    """(num_items,) int64 pairs of each item in the table at a URI; those held out, a small part of each, are counted too.
+
+    Args:
+        signal: count only pairs of this signal; "any" for all.
+    """
+    counts = np.zeros(catalogue.num_items, np.int64)
+    for table in ordered_batches(pairs, ["item_id", "signal"], _SCAN_ROWS):
+        if signal != "any":
+            table = table.filter(pc.equal(table.column("signal"), signal))
+        rows = catalogue.rows(table.column("item_id"))
+        counts += np.bincount(rows[rows >= 0], minlength=len(counts))
+    return counts
