@@ -237,8 +237,22 @@ class Csft(Workers):
     """Of F_V and F_L."""
     warmup_ratio: Ratio = 0.1
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    signal: Literal["purchase", "click", "any"] = "any"
-    """Pairs used (Table 4: click is v4, purchase v5). "any": all pairs there are."""
+    supervision: Literal["category", "click-binary", "purchase-binary", "click", "purchase", "any"] = "any"
+    """Table 4: category is v1 (cross-entropy on item categories), click-binary v2 and purchase-binary v3 (binary
+    cross-entropy on pairs of that signal), click v4 and purchase v5, which is MIM (contrastive). "any": contrastive on all
+    pairs there are."""
+    multi_level: bool = True
+    """False: only q to h^MM, without the text and image levels of Eq. 6 (Table 5)."""
+    space_time_negatives: bool = True
+    """False: a query's negatives are the other positives of its own worker's batch (Table 5, without ST-NSG)."""
+    log_q: bool = False
+    """Take the log of an item's sampling frequency from its logits, so that popular items are not pushed away for being
+    met more often (Yi et al. 2019)."""
+    past_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Past batches are embedded by a slow copy of the encoder that keeps this part of itself at each step, as in MoCo
+    (0.99 to 0.999); costs a second copy and a second forward pass. 0: off, by the encoder itself."""
+    chunk_size: Positive | None = None
+    """Pairs embedded at once, with cached gradients: batches larger than memory, at a second forward pass. None: all."""
     held_out_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Part of the pairs, by hash, that is never trained on and on which retrieval is measured."""
     max_held_out: Positive = 1_024

@@ -22,7 +22,7 @@ from mim_ray.contrastive.symmetric import symmetric_info_nce as symmetric_info_n
 from mim_ray.contrastive.unit import inverse_lengths, pass_normalize_
 
 MAX_LOGIT_SCALE = 100.0
-_TILE_NUMBERS = 2**20  # of one tile of logits: 4 MB
+_TILE_NUMBERS = {"cpu": 2**19, "cuda": 2**24}  # of one tile of logits: 2 MB stay in a cache, 64 MB fill a GPU
 _SAFE_LOGIT = 60.0  # up to here exp(±logit) and sums of a million of them fit float32 without subtracting a maximum
 
 
@@ -85,8 +85,9 @@ def info_nce_rows(
     queries, candidates, scale = queries.float(), candidates.float(), logit_scale.float()
     if past is None:
         past = candidates.new_empty((0, candidates.shape[1]))
-    hidden = _Hidden.of(mask, valid, positive_index, len(candidates), len(past))
-    tile = tile or max(256, _TILE_NUMBERS // max(1, len(queries)))
+    numbers = _TILE_NUMBERS.get(queries.device.type, _TILE_NUMBERS["cpu"])
+    tile = tile or max(256, numbers // max(1, len(queries)))
+    hidden = _Hidden.of(mask, valid, positive_index, len(candidates), len(past), tile)
     if bias is not None:
         assert bias.shape == (len(candidates) + len(past),)
         bias = bias.detach().float()
@@ -112,14 +113,23 @@ def same_key_pairs(query_keys: Tensor, candidate_keys: Tensor) -> Tensor:
 
 
 class _Hidden:
-    """Entries of the logits that do not count, found per tile: pairs sorted by column, and columns as a whole."""
+    """Entries of the logits that do not count, cut by tile: pairs sorted by column, and columns as a whole.
 
-    def __init__(self, rows: Tensor, columns: Tensor, dead: Tensor) -> None:
+    Args:
+        rows, columns: (n,) pairs, sorted by column. dead: (m,) columns, sorted. edges: first columns of the tiles, and K.
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor, dead: Tensor, edges: list[int]) -> None:
         self.rows, self.columns, self.dead = rows, columns, dead
+        at = torch.tensor(edges, device=columns.device)
+        cuts = torch.stack(
+            [torch.searchsorted(columns, at), torch.searchsorted(dead, at)]
+        ).tolist()  # one wait for a GPU
+        self._cuts = {start: (cuts[0][n : n + 2], cuts[1][n : n + 2]) for n, start in enumerate(edges[:-1])}
 
     @classmethod
     def of(
-        cls, mask: Tensor | None, valid: Tensor | None, positive: Tensor, num_fresh: int, num_past: int
+        cls, mask: Tensor | None, valid: Tensor | None, positive: Tensor, num_fresh: int, num_past: int, tile: int
     ) -> _Hidden | None:
         if mask is None and valid is None:
             return None
@@ -134,16 +144,16 @@ class _Hidden:
         if valid is not None:
             assert valid.shape == (num_fresh + num_past,)
             dead = (~valid).nonzero().squeeze(1)
-        return cls(rows, columns, dead)
+        edges = [*range(0, num_fresh, tile), *range(num_fresh, num_fresh + num_past, tile), num_fresh + num_past]
+        return cls(rows, columns.contiguous(), dead, edges)
 
-    def clear(self, logits: Tensor, start: int, stop: int) -> None:
-        """Set the hidden entries of columns start … stop − 1 to −inf."""
-        low, high = _range(self.columns, start, stop)
+    def clear(self, logits: Tensor, start: int) -> None:
+        """Set the hidden entries of the tile that begins at column `start` to −inf."""
+        (low, high), (first, last) = self._cuts[start]
         if high > low:
             logits[self.rows[low:high], self.columns[low:high] - start] = -torch.inf
-        low, high = _range(self.dead, start, stop)
-        if high > low:
-            logits[:, self.dead[low:high] - start] = -torch.inf
+        if last > first:
+            logits[:, self.dead[first:last] - start] = -torch.inf
 
 
 class _Rows(torch.autograd.Function):
@@ -178,7 +188,7 @@ class _Rows(torch.autograd.Function):
             logits = buffer[: num_rows * len(block)].view(num_rows, len(block))
             _logits(scaled, block, bias, start, out=logits)
             if hidden is not None:
-                hidden.clear(logits, start, stop)
+                hidden.clear(logits, start)
             if not bounded:
                 higher = torch.maximum(top, logits.amax(1, keepdim=True)).clamp_min(-1e30)
                 shrink = torch.exp(top - higher)
@@ -228,7 +238,7 @@ def _grad_fresh(ctx: Any, units: Tensor, grad: Tensor) -> Tensor:
         logits = buffer[: num_rows * len(block)].view(num_rows, len(block))
         _logits(scaled, block, ctx.bias, start, out=logits)
         if ctx.hidden is not None:
-            ctx.hidden.clear(logits, start, stop)
+            ctx.hidden.clear(logits, start)
         if not ctx.bounded:
             logits.sub_(lse.unsqueeze(1))
         torch.mm(logits.exp_().T, weighted, out=grad_fresh[start:stop])
@@ -257,8 +267,3 @@ def _block(fresh: Tensor, inverse: Tensor, past: Tensor, start: int, stop: int) 
     if start < len(fresh):
         return fresh[start:stop] * inverse[start:stop]
     return past[start - len(fresh) : stop - len(fresh)].to(fresh.dtype)
-
-
-def _range(ordered: Tensor, start: int, stop: int) -> tuple[int, int]:
-    bounds = torch.searchsorted(ordered, torch.tensor([start, stop], device=ordered.device))
-    return int(bounds[0]), int(bounds[1])

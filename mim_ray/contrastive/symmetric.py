@@ -11,6 +11,7 @@ sums the candidates' share over the workers.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from mim_ray.contrastive.gather import place
 from mim_ray.contrastive.unit import inverse_lengths, pass_normalize_
 
-_TILE_NUMBERS = 2**18  # of one tile of logits: 1 MB
+_TILE_NUMBERS = {"cpu": 2**18, "cuda": 2**24}  # of one tile of logits: 1 MB stays in a cache, 64 MB fill a GPU
 _LEAST_ROWS = 64
 
 
@@ -38,7 +39,8 @@ def symmetric_info_nce(
         tile: queries handled at once; chosen from P·B by default.
     """
     _, num_workers = place()
-    tile = tile or max(_LEAST_ROWS, _TILE_NUMBERS // max(1, num_workers * len(image)))
+    numbers = _TILE_NUMBERS.get(image.device.type, _TILE_NUMBERS["cpu"])
+    tile = tile or max(_LEAST_ROWS, numbers // max(1, num_workers * len(image)))
     scale = logit_scale.float()
     loss: Tensor = _Symmetric.apply(image.float(), text.float(), scale, mask, tile, torch.is_grad_enabled())
     return loss
@@ -54,7 +56,7 @@ class _Symmetric(torch.autograd.Function):
         inverse = [inverse_lengths(side) for side in sides]
         size = (num_workers * len(image), image.shape[1]) if with_grad else (0, 0)
         grads = [image.new_zeros(size) for _ in sides]  # of all workers' unit vectors, as this worker's loss asks
-        hidden = None if mask is None else _pairs_by_row(mask, rank * len(image))
+        hidden = None if mask is None else _pairs_by_tile(mask, len(image), rank, tile)
         sums = scale.new_zeros(2)  # of the losses, of the scale's gradient
         for this, other in ((0, 1), (1, 0)):
             everyone = _gather_units(sides[other], inverse[other])  # (P·B, D)
@@ -85,7 +87,7 @@ def _one_direction(
     inverse: Tensor,
     candidates: Tensor,
     scale: Tensor,
-    hidden: tuple[Tensor, Tensor] | None,
+    hidden: list[tuple[Tensor, Tensor]] | None,
     tile: int,
     grad_queries: Tensor,
     grad_candidates: Tensor,
@@ -104,7 +106,8 @@ def _one_direction(
         logits = torch.mm(units * scale, candidates.T, out=buffer[: stop - start])  # (b, P·B)
         positive = logits.diagonal(first + start).clone()
         if hidden is not None:
-            _hide(logits, hidden, start, stop)
+            rows, columns = hidden[start // tile]
+            logits[rows, columns] = -torch.inf
         top = logits.amax(1, keepdim=True)
         total = logits.sub_(top).exp_().sum(1, keepdim=True)
         sums[0] += (total.log() + top).sum() - positive.sum()
@@ -149,16 +152,16 @@ def _summed_share(grads: Tensor, num_rows: int) -> Tensor:
     return grads.narrow(0, rank * num_rows, num_rows).clone()
 
 
-def _pairs_by_row(mask: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """The mask as rows, in order, and columns, without the positives."""
+def _pairs_by_tile(mask: Tensor, num_queries: int, rank: int, tile: int) -> list[tuple[Tensor, Tensor]]:
+    """For each tile: rows within it and columns to hide. A positive is never among them."""
     rows, columns = mask.nonzero().unbind(1) if mask.dtype == torch.bool else mask.unbind(0)
-    keep = columns != rows + first
+    keep = columns != rows + rank * num_queries
     rows, columns = rows[keep], columns[keep]
     order = torch.argsort(rows)
-    return rows[order], columns[order]
-
-
-def _hide(logits: Tensor, hidden: tuple[Tensor, Tensor], start: int, stop: int) -> None:
-    rows, columns = hidden
-    low, high = torch.searchsorted(rows, torch.tensor([start, stop], device=rows.device)).tolist()
-    logits[rows[low:high] - start, columns[low:high]] = -torch.inf
+    rows, columns = rows[order], columns[order]
+    edges = torch.tensor([*range(0, num_queries, tile), num_queries], device=rows.device)
+    cuts = torch.searchsorted(rows, edges).tolist()  # one wait for a GPU
+    return [
+        (rows[low:high] - number * tile, columns[low:high])
+        for number, (low, high) in enumerate(itertools.pairwise(cuts))
+    ]

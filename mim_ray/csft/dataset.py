@@ -289,6 +289,6 @@ class PairBatches:
                 raise DataError(
                     "No interest pair can be trained on: "
                     + (", ".join(f"{n} with {reason}" for reason, n in sorted(self._source.rejected.items())) or "none")
-                    + ". See csft.signal, and samples.pair_events for which events make pairs."
+                    + ". See csft.supervision, and samples.pair_events for which events make pairs."
                 )
             epoch, step = epoch + 1, 0

@@ -123,6 +123,13 @@ class Candidates:
     items: Tensor
     contents: Tensor
 
+    def __getitem__(self, rows: slice | Tensor) -> Candidates:
+        return Candidates(*(part[rows] for part in _parts(self)))
+
+    @staticmethod
+    def joined(first: Candidates, second: Candidates) -> Candidates:
+        return Candidates(*(torch.cat(pair) for pair in zip(_parts(first), _parts(second), strict=True)))
+
     def valid(self, level: str) -> Tensor | None:
         """(M,) bool, which rows take part at a level; None for all."""
         flags = {"mm": None, "text": self.has_text, "image": self.has_image}[level]
@@ -151,11 +158,7 @@ class PastBatches:
         """What is held, or None while empty; oldest and newest in any order."""
         if self._ring is None or not len(self):
             return None
-        rows = len(self) * self._rows
-        ring = self._ring
-        return Candidates(
-            ring.embeddings[:rows], ring.has_text[:rows], ring.has_image[:rows], ring.items[:rows], ring.contents[:rows]
-        )
+        return self._ring[: len(self) * self._rows]
 
     def push(self, batch: Candidates) -> None:
         """Take in a batch; the oldest goes when there are more than k. All batches have the same number of rows."""
@@ -177,7 +180,7 @@ class PastBatches:
         if self._ring is None or not 1 <= age <= len(self):
             return None
         start = (self._num_pushed - age) % self.num_batches * self._rows
-        return Candidates(*(part[start : start + self._rows] for part in _parts(self._ring)))
+        return self._ring[start : start + self._rows]
 
     def state(self) -> dict[str, Tensor]:
         """Flat tensors for a checkpoint."""

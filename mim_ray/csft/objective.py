@@ -4,7 +4,7 @@
 
 An item without a title (image) takes no part at the text (image) level, neither as a positive nor as a negative. The mean
 of a level is over the queries of *all* workers that take part, so that P workers equal one process on the joined batch.
-The other rows of Table 4 (cross-entropy on categories, on clicks, on purchases) are in table4.py, with the same face.
+The other rows of Table 4 (cross-entropy on categories, on clicks, on purchases) are in cross_entropy.py, with the same face.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class Shown:
     has_image: Tensor
     item_rows: Tensor
     contents: Tensor
+
+    def as_candidates(self) -> Candidates:
+        """The same items, with embeddings of length 1."""
+        items = normalize(self.items.float(), dim=-1)
+        return Candidates(items, self.has_text, self.has_image, self.item_rows, self.contents)
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,27 @@ class CsftLoss:
     fresh: Candidates | None
 
 
-class CsftObjective(nn.Module):
+class LevelObjective(nn.Module):
+    """What the losses with three levels share: weights (α, β of Eq. 6) and one temperature per level."""
+
+    def __init__(self, temperature: float, learn: bool, text_loss_weight: float, image_loss_weight: float) -> None:
+        super().__init__()
+        self.weights = {"mm": 1.0, "text": text_loss_weight, "image": image_loss_weight}
+        start = min(math.log(1.0 / temperature), math.log(MAX_LOGIT_SCALE))
+        self.log_scales = nn.ParameterDict({level: nn.Parameter(torch.tensor(start), learn) for level in LEVELS})
+
+    def temperatures(self) -> dict[str, float]:
+        """By level; one whose weight is 0 keeps its start value."""
+        return {level: math.exp(-float(self.log_scales[level].detach())) for level in LEVELS}
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep 1 / temperature at most 100. Call after each optimizer step."""
+        for parameter in self.log_scales.values():
+            parameter.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+
+class CsftObjective(LevelObjective):
     """Eq. 6 with one temperature per level.
 
     Args:
@@ -104,9 +129,7 @@ class CsftObjective(nn.Module):
         space_time: bool = True,
         log_q: Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.weights = {"mm": 1.0, "text": text_loss_weight, "image": image_loss_weight}
-        self.log_scales = learned_log_scales(temperature, learn)
+        super().__init__(temperature, learn, text_loss_weight, image_loss_weight)
         self._space_time = space_time
         self._log_q = log_q
 
@@ -148,25 +171,17 @@ class CsftObjective(nn.Module):
             for index, level in enumerate(LEVELS)
             if self.weights[level] != 0.0
         }
-        taking_part = {level: flags[:num_queries] for level, flags in modality_flags(batch).items()}
+        taking_part = modality_flags(batch.has_text[:num_queries], batch.has_image[:num_queries])
         loss, level_losses = mean_over_workers(rows, taking_part, self.weights)
         masked, queries = total(torch.tensor([mask.shape[1], num_queries], device=device)).tolist()
         num_negatives = len(candidate_items) - 1 - masked / queries
         return CsftLoss(loss, level_losses, num_negatives, fresh if self._space_time else None)
 
-    def temperatures(self) -> dict[str, float]:
-        """By level. A level whose weight is 0 keeps its start value."""
-        return {level: math.exp(-float(self.log_scales[level].detach())) for level in LEVELS}
-
-    @torch.no_grad()
-    def clamp(self) -> None:
-        """Keep 1 / temperature at most 100. Call after each optimizer step."""
-        for parameter in self.log_scales.values():
-            parameter.clamp_(max=math.log(MAX_LOGIT_SCALE))
-
 
 def collapsed(level_losses: Tensor, num_candidates: float) -> tuple[str, ...]:
     """Levels at which the model guesses: their loss is within 1 % of ln K, what equal cosines to all K candidates give.
+
+    An encoder that maps all items to one point but flees from its own past batches has a lower loss: see `spread`.
 
     Args:
         level_losses: (3,) as in CsftLoss; 0 where a level is off. num_candidates: K, the negatives and the positive.
@@ -179,10 +194,12 @@ def collapsed(level_losses: Tensor, num_candidates: float) -> tuple[str, ...]:
     )
 
 
-def learned_log_scales(temperature: float, learn: bool) -> nn.ParameterDict:
-    """log(1 / temperature) of each level."""
-    start = min(math.log(1.0 / temperature), math.log(MAX_LOGIT_SCALE))
-    return nn.ParameterDict({level: nn.Parameter(torch.tensor(start), learn) for level in LEVELS})
+def spread(items: Candidates) -> float:
+    """1 − the mean cosine of h^MM between two items of a batch, such as `CsftLoss.fresh`; 0 when all items look alike."""
+    embeddings = normalize(items.embeddings[:, 0].detach().float(), dim=-1)
+    n = len(embeddings)
+    together = float(embeddings.sum(0).square().sum())  # n, and the cosines of all n(n − 1) ordered pairs
+    return 1.0 - (together - n) / max(1, n * (n - 1))
 
 
 def gathered_items(batch: LocalBatch) -> Candidates:
@@ -203,9 +220,9 @@ def own_positives(batch: LocalBatch) -> Candidates:
     return Candidates(embeddings, batch.has_text[:n], batch.has_image[:n], batch.item_rows[:n], batch.contents[:n])
 
 
-def modality_flags(items: LocalBatch | Shown) -> dict[str, Tensor]:
+def modality_flags(has_text: Tensor, has_image: Tensor) -> dict[str, Tensor]:
     """(n,) bool by level: which items take part at it."""
-    return {"mm": torch.ones_like(items.has_text), "text": items.has_text, "image": items.has_image}
+    return {"mm": torch.ones_like(has_text), "text": has_text, "image": has_image}
 
 
 def mean_over_workers(

@@ -8,8 +8,14 @@ take log q_j from each candidate's logit, the positive's included, where q_j is 
 from __future__ import annotations
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
+
+from mim_ray.data.batches import ordered_batches
+from mim_ray.data.catalogue import Catalogue
+
+_SCAN_ROWS = 65_536
 
 
 def sampling_rates(
@@ -51,3 +57,18 @@ def log_q(rates: np.ndarray) -> Tensor:
     met = rates[rates > 0]
     floor = met.min() if len(met) else 1.0
     return torch.from_numpy(np.log(np.maximum(rates, floor)).astype(np.float32))
+
+
+def pair_counts(pairs: str, catalogue: Catalogue, signal: str) -> np.ndarray:
+    """(num_items,) int64 pairs of each item in the table at a URI; those held out, a small part of each, are counted too.
+
+    Args:
+        signal: count only pairs of this signal; "any" for all.
+    """
+    counts = np.zeros(catalogue.num_items, np.int64)
+    for table in ordered_batches(pairs, ["item_id", "signal"], _SCAN_ROWS):
+        if signal != "any":
+            table = table.filter(pc.equal(table.column("signal"), signal))
+        rows = catalogue.rows(table.column("item_id"))
+        counts += np.bincount(rows[rows >= 0], minlength=len(counts))
+    return counts

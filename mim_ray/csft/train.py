@@ -23,6 +23,7 @@ from mim_ray.csft.negatives import HardNegativeSampler, PastBatches
 from mim_ray.csft.objective import LEVELS, CsftLoss, CsftObjective, LocalBatch
 from mim_ray.csft.purchases import Purchases
 from mim_ray.csft.retrieval import ages, choose_gallery, embed_items, mean_drift, measure
+from mim_ray.csft.supervision import pair_signal
 from mim_ray.data.batches import RowBatches, num_rows
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.data.ids import hash_ids
@@ -97,7 +98,8 @@ class Trainer:
         self.past = PastBatches(self.settings.num_past_batches)
         self.catalogue = Catalogue.open(f"{samples}/catalogue")
         self.loader = ItemLoader(self.catalogue, self.encoder, self.scenario.data)
-        self.source = PairSource(self.loader, signal=self.settings.signal, held_out_ratio=self.settings.held_out_ratio)
+        signal = pair_signal(self.settings.supervision)
+        self.source = PairSource(self.loader, signal=signal, held_out_ratio=self.settings.held_out_ratio)
         pairs = f"{samples}/interest_pairs"
         self.held_out = self.source.held_out(pairs, self.settings.max_held_out)
         self.source.rejected.clear()

@@ -13,13 +13,16 @@ import torch
 from ray import cloudpickle
 from torch import Tensor
 
+from mim_ray.csft.momentum import MomentumEncoder, with_embeddings
 from mim_ray.csft.negatives import Candidates, PastBatches
-from mim_ray.csft.objective import CsftObjective, LocalBatch
+from mim_ray.csft.objective import CsftObjective, LocalBatch, Shown, collapsed
+from mim_ray.csft.supervision import make_objective
+from mim_ray.errors import NonFiniteLossError
 from mim_ray.training.optim import average_gradients, check_finite
 
 
-def make_objective(temperature: float = 0.2) -> CsftObjective:
-    return CsftObjective(temperature=temperature, learn=True, text_loss_weight=0.5, image_loss_weight=0.25)
+def make_csft(temperature: float = 0.2, **options: Any) -> CsftObjective:
+    return CsftObjective(temperature=temperature, learn=True, text_loss_weight=0.5, image_loss_weight=0.25, **options)
 
 
 def make_batch(num_pairs: int = 4, width: int = 3, seed: int = 0) -> LocalBatch:
@@ -46,16 +49,18 @@ def loop_level(
     past: list[list[float]],
     has: Tensor,
     hidden: set[tuple[int, int]],
+    log_q: list[float] | None = None,
 ) -> float:
-    """L of one level, written from Eq. 5: over the positive and all negatives."""
+    """L of one level, written from Eq. 5: over the positive and all negatives. log_q: of each candidate."""
     candidates = batch.items[:, level].tolist() + past
     taking_part = [*has.tolist(), *[True] * len(past)]
+    log_q = log_q or [0.0] * len(candidates)
     losses = []
     for i, query in enumerate(batch.queries.tolist()):
         if not taking_part[i]:
             continue
         terms = {
-            j: math.exp(cosine(query, candidate) / temperature)
+            j: math.exp(cosine(query, candidate) / temperature - log_q[j])
             for j, candidate in enumerate(candidates)
             if taking_part[j] and ((i, j) not in hidden or j == i)
         }
@@ -75,7 +80,7 @@ def test_equals_the_loop_written_from_the_paper() -> None:
     old = make_batch(seed=1)
     everything = torch.ones(8, dtype=torch.bool)
     past.push(Candidates(old.items, everything, everything, old.item_rows, old.contents))
-    result = make_objective()(batch, past)
+    result = make_csft()(batch, past)
     hidden = {(0, 5), (2, 7)}
     levels = [
         loop_level(batch, level, 0.2, old.items[:, level].tolist(), has, hidden)
@@ -97,9 +102,46 @@ def test_by_hand() -> None:
         item_rows=torch.tensor([0, 1]),
         contents=torch.tensor([10, 11]),
     )
-    result = make_objective(temperature=1.0)(batch)
+    result = make_csft(temperature=1.0)(batch)
     assert result.loss.item() == pytest.approx(1.75 * math.log(1 + math.exp(-1)), rel=1e-6)
     assert result.num_negatives == 1
+
+
+def test_sampling_frequencies_are_taken_from_the_logits_of_fresh_and_past_items() -> None:
+    rates = torch.rand(108, generator=torch.Generator().manual_seed(3)).log()
+    batch, old, past = make_batch(), make_batch(seed=1), PastBatches(1, torch.float32)
+    everything = torch.ones(8, dtype=torch.bool)
+    past.push(Candidates(old.items, everything, everything, old.item_rows, old.contents))
+    result = make_csft(log_q=rates)(batch, past)
+    drawn = [*rates[:8].tolist(), *rates[100:].tolist()]
+    levels = [
+        loop_level(batch, level, 0.2, old.items[:, level].tolist(), everything, set(), drawn) for level in range(3)
+    ]
+    assert result.level_losses.tolist() == pytest.approx(levels, rel=1e-5)
+
+
+def test_without_space_time_negatives_only_the_own_positives_count() -> None:
+    past = PastBatches(1)
+    past.push(make_csft()(make_batch(seed=1)).fresh)
+    batch = replace(make_batch(), item_rows=torch.tensor([0, 1, 2, 0, 4, 5, 6, 7]))  # the last pair bought item 0 again
+    result = make_csft(space_time=False)(batch, past)
+    alone = replace(
+        batch, items=batch.items[:4], has_text=batch.has_text[:4], has_image=batch.has_image[:4],
+        item_rows=batch.item_rows[:4], contents=batch.contents[:4],
+    )  # fmt: skip
+    assert result.loss.item() == pytest.approx(make_csft()(alone).loss.item(), rel=1e-6)
+    assert result.num_negatives == 4 - 1 - 2 / 4
+    assert result.fresh is None
+
+
+def test_a_loss_near_that_of_guessing_is_named() -> None:
+    guess = math.log(40)
+    assert collapsed(torch.tensor([guess * 1.005, guess * 0.98, 0.0]), 40) == ("mm",)
+    assert collapsed(torch.tensor([2.0, 2.0, 2.0]), 40) == ()
+    batch = make_batch()
+    same = replace(batch, items=torch.ones_like(batch.items))
+    result = make_csft()(same)
+    assert collapsed(result.level_losses, 1 + result.num_negatives) == ("mm", "text", "image")
 
 
 def test_a_level_of_weight_zero_is_off() -> None:
@@ -114,7 +156,7 @@ def test_a_level_of_weight_zero_is_off() -> None:
 def test_a_batch_whose_positives_all_lack_a_title_stays_finite() -> None:
     batch = make_batch()
     batch = replace(batch, has_text=torch.zeros(8, dtype=torch.bool), items=batch.items.requires_grad_())
-    result = make_objective()(batch)
+    result = make_csft()(batch)
     result.loss.backward()
     assert check_finite(result.loss, 0) > 0
     assert batch.items.grad is not None
@@ -123,7 +165,7 @@ def test_a_batch_whose_positives_all_lack_a_title_stays_finite() -> None:
 
 
 def test_one_over_temperature_stays_at_most_100() -> None:
-    objective = make_objective(temperature=0.001)
+    objective = make_csft(temperature=0.001)
     with torch.no_grad():
         for parameter in objective.log_scales.values():
             parameter += 5.0
@@ -131,34 +173,85 @@ def test_one_over_temperature_stays_at_most_100() -> None:
     assert objective.temperatures()["mm"] == pytest.approx(0.01)
 
 
-PAIRS, WIDTH, STEPS = 4, 6, 4
+PAIRS, WIDTH, STEPS, NUM_ITEMS = 4, 6, 3, 40
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "log_q": {"log_q": torch.rand(NUM_ITEMS, generator=torch.Generator().manual_seed(5)).log()},
+    "one level": {"multi_level": False},
+    "momentum": {},
+    "v1": {"supervision": "category"},
+    "v2": {"supervision": "click-binary"},
+}
 
 
-def train(rank: int, workers: int, num_pairs: int, total: int) -> dict[str, Any]:
-    """A few steps on this worker's part of a seeded stream, with doubles, purchases, missing modalities, past batches."""
-    rng = torch.Generator().manual_seed(7)
-    weights = [torch.nn.Parameter(torch.randn(WIDTH, WIDTH, generator=rng)) for _ in range(4)]
-    objective = CsftObjective(temperature=0.1, learn=True, text_loss_weight=0.5, image_loss_weight=0.25)
-    parameters = [*weights, *objective.parameters()]
+class Stream:
+    """Seeded raw batches, with doubles, purchases, missing modalities, categories and items shown; a worker sees its part."""
+
+    def __init__(self, rank: int, num_pairs: int, total: int) -> None:
+        self._rng = torch.Generator().manual_seed(7)
+        self._mine, self._num_pairs, self._total = slice(rank * num_pairs, (rank + 1) * num_pairs), num_pairs, total
+
+    def next(self) -> tuple[Tensor, Tensor, Tensor, LocalBatch]:
+        """Raw queries, items and shown items; the batch without its embeddings."""
+        rng, mine, total = self._rng, self._mine, self._total
+        queries = torch.randn(total, WIDTH, generator=rng)
+        positives, hard, shown = torch.randn(3, total, WIDTH, generator=rng)
+        rows = torch.randint(0, NUM_ITEMS, (3, total), generator=rng)
+        has = torch.rand(3, 2, total, generator=rng) < 0.7
+        bought = torch.randint(0, NUM_ITEMS, (total, 2), generator=rng)
+        was_shown = (torch.rand(total, generator=rng) < 0.5)[mine].nonzero().squeeze(1)
+        both = torch.cat([rows[0, mine], rows[1, mine]])
+        nothing = torch.zeros(0)
+        batch = LocalBatch(
+            queries=nothing,
+            items=nothing,
+            has_text=torch.cat([has[0, 0, mine], has[1, 0, mine]]),
+            has_image=torch.cat([has[0, 1, mine], has[1, 1, mine]]),
+            item_rows=both,
+            contents=both + 1_000,
+            bought=(torch.arange(self._num_pairs).repeat_interleave(2), bought[mine].flatten()),
+            categories=both % 4 - 1,
+            shown=Shown(
+                was_shown, nothing, has[2, 0, mine][was_shown], has[2, 1, mine][was_shown],
+                rows[2, mine][was_shown], rows[2, mine][was_shown] + 1_000,
+            ),
+        )  # fmt: skip
+        return queries[mine], torch.cat([positives[mine], hard[mine]]), shown[mine][was_shown], batch
+
+
+class Linear(torch.nn.Module):
+    """The smallest encoder: one matrix for queries and one for each level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        start = torch.randn(4, WIDTH, WIDTH, generator=torch.Generator().manual_seed(8))
+        self.query, self.mm, self.text, self.image = (torch.nn.Parameter(weight) for weight in start)
+
+    def items(self, x: Tensor) -> Tensor:
+        return torch.stack([x @ weight for weight in (self.mm, self.text, self.image)], dim=1)
+
+
+def train(variant: str, rank: int, workers: int, num_pairs: int, total: int) -> dict[str, Any]:
+    """A few steps on this worker's part of the stream; the past fills up from the first step on."""
+    options = {"supervision": "any", **VARIANTS[variant]}
+    objective = make_objective(
+        options.pop("supervision"), temperature=0.1, learn_temperature=True, text_loss_weight=0.5,
+        image_loss_weight=0.25, width=WIDTH, num_categories=3, **options,
+    )  # fmt: skip
+    encoder = Linear()
+    slow = MomentumEncoder(encoder, 0.5) if variant == "momentum" else None
+    parameters = [*encoder.parameters(), *objective.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.05)
-    past = PastBatches(2, torch.float32)
+    past, stream = PastBatches(2, torch.float32), Stream(rank, num_pairs, total)
     kept: dict[str, Any] = {"losses": [], "levels": [], "negatives": [], "gradients": []}
     for _ in range(STEPS):
-        queries = torch.randn(total, WIDTH, generator=rng)
-        positives, hard = torch.randn(2, total, WIDTH, generator=rng)
-        rows = torch.randint(0, 40, (2, total), generator=rng)
-        has = torch.rand(2, 2, total, generator=rng) < 0.7
-        bought = torch.randint(0, 40, (total, 2), generator=rng)
-        mine = slice(rank * num_pairs, (rank + 1) * num_pairs)
-        x = torch.cat([positives[mine], hard[mine]])
-        batch = LocalBatch(
-            queries=queries[mine] @ weights[0],
-            items=torch.stack([x @ weight for weight in weights[1:]], dim=1),
-            has_text=torch.cat([has[0, 0, mine], has[0, 1, mine]]),
-            has_image=torch.cat([has[1, 0, mine], has[1, 1, mine]]),
-            item_rows=torch.cat([rows[0, mine], rows[1, mine]]),
-            contents=torch.cat([rows[0, mine], rows[1, mine]]) + 1_000,
-            bought=(torch.arange(num_pairs).repeat_interleave(2), bought[mine].flatten()),
+        queries, items, shown, batch = stream.next()
+        assert batch.shown is not None
+        batch = replace(
+            batch,
+            queries=queries @ encoder.query,
+            items=encoder.items(items),
+            shown=replace(batch.shown, items=encoder.items(shown)),
         )
         result = objective(batch, past)
         optimizer.zero_grad(set_to_none=True)
@@ -169,21 +262,66 @@ def train(rank: int, workers: int, num_pairs: int, total: int) -> dict[str, Any]
         kept["negatives"].append(result.num_negatives)
         kept["gradients"].append([p.grad.clone() for p in parameters if p.grad is not None])
         optimizer.step()
-        past.push(result.fresh)
+        if slow is not None:
+            slow.update(encoder)
+        if result.fresh is not None:
+            past.push(result.fresh if slow is None else with_embeddings(result.fresh, slow.encoder.items(items)))
     return kept
 
 
-def count_negatives(first_item: int) -> list[float]:
-    """Negatives per query while two past batches fill up, all items different."""
-    objective, past, counts, n = make_objective(), PastBatches(2), [], 2 * PAIRS
-    everything = torch.ones(n, dtype=torch.bool)
-    for step in range(5):
-        rows = torch.arange(n) + n * step + first_item
-        items, queries = torch.randn(n, 3, 3), torch.randn(PAIRS, 3)
-        result = objective(LocalBatch(queries, items, everything, everything, rows, rows + 10**9), past)
-        counts.append(result.num_negatives)
-        past.push(result.fresh)
+def count_negatives(rank: int, workers: int, k: int, num_pairs: int = PAIRS) -> dict[str, list[float]]:
+    """Negatives per query while k past batches fill up: all items different, then with doubles and purchases.
+
+    "expected" counts those that are left, in a loop over the queries and items of all workers.
+    """
+    counts: dict[str, list[float]] = {"distinct": [], "masked": [], "expected": []}
+    n = 2 * num_pairs
+    for name in ("distinct", "masked"):
+        objective, past = make_csft(), PastBatches(k)
+        rng = torch.Generator().manual_seed(11)
+        held: list[list[tuple[int, int]]] = []
+        for step in range(k + 2):
+            rows = torch.randint(0, 30, (workers, n), generator=rng)
+            contents = rows // 2  # items 2i and 2i + 1 are doubles
+            bought = torch.randint(0, 30, (workers, num_pairs, 2), generator=rng)
+            if name == "distinct":
+                rows = torch.arange(workers * n).view(workers, n) + workers * n * step
+                contents, bought = rows, bought - 100
+            everything, places = torch.ones(n, dtype=torch.bool), torch.arange(num_pairs).repeat_interleave(2)
+            result = objective(
+                LocalBatch(
+                    torch.randn(num_pairs, 3), torch.randn(n, 3, 3), everything, everything, rows[rank], contents[rank],
+                    (places, bought[rank].flatten()),
+                ),
+                past,
+            )  # fmt: skip
+            counts[name].append(result.num_negatives)
+            past.push(result.fresh)
+            fresh = [(int(r), int(c)) for r, c in zip(rows.flatten(), contents.flatten(), strict=True)]
+            if name == "masked":
+                candidates = fresh + [item for batch in held for item in batch]
+                left = 0
+                for worker in range(workers):
+                    for query in range(num_pairs):
+                        own, content = fresh[worker * n + query]
+                        mine = set(bought[worker, query].tolist())
+                        left += sum(r != own and c != content and r not in mine for r, c in candidates)
+                counts["expected"].append(left / (workers * num_pairs))
+            held = ([fresh, *held])[:k]
     return counts
+
+
+def stop_on_nan(rank: int) -> dict[str, Any]:
+    """The last worker's queries hold a NaN, which no other worker's loss meets."""
+    batch = make_batch(seed=rank)
+    if rank == 1:
+        batch = replace(batch, queries=batch.queries * float("nan"))
+    result = make_csft()(batch)
+    try:
+        check_finite(result.level_losses.sum(), 0)
+    except NonFiniteLossError:
+        return {"stopped": True, "own": bool(result.loss.isfinite())}
+    return {"stopped": False, "own": bool(result.loss.isfinite())}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -193,31 +331,51 @@ def workers(request: pytest.FixtureRequest, gloo_workers: Callable[..., list[dic
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
     def worker(rank: int) -> dict[str, Any]:
-        result = train(rank, num_workers, PAIRS, PAIRS * num_workers)
-        return {**result, "counts": count_negatives(first_item=rank * 100_000)}
+        trained = {name: train(name, rank, num_workers, PAIRS, PAIRS * num_workers) for name in VARIANTS}
+        counts = [count_negatives(rank, num_workers, k) for k in (0, 2)]
+        return {"trained": trained, "counts": counts, "nan": stop_on_nan(rank)}
 
     return gloo_workers(worker, num_workers)
 
 
 @pytest.mark.distributed
-def test_workers_match_one_process_on_the_joined_batch(workers: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_workers_match_one_process_on_the_joined_batch(workers: list[dict[str, Any]], variant: str) -> None:
     """Loss and parameter gradients, temperatures included, to a relative 1e-5, with and without past batches."""
     num_pairs = PAIRS * len(workers)
-    joined = train(0, 1, num_pairs, num_pairs)
+    joined = train(variant, 0, 1, num_pairs, num_pairs)
+    results = [worker["trained"][variant] for worker in workers]
     for step in range(STEPS):
-        losses = torch.stack([result["losses"][step] for result in workers])
+        losses = torch.stack([result["losses"][step] for result in results])
         assert losses.mean().item() == pytest.approx(joined["losses"][step].item(), rel=1e-5)
-        negatives = sum(result["negatives"][step] for result in workers) / len(workers)
-        assert negatives == pytest.approx(joined["negatives"][step])
-        for result in workers:
+        for result in results:
+            assert result["negatives"][step] == joined["negatives"][step]
             torch.testing.assert_close(result["levels"][step], joined["levels"][step], rtol=1e-5, atol=0)
             for mine, theirs in zip(result["gradients"][step], joined["gradients"][step], strict=True):
                 assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+def check_counts(counts: list[dict[str, list[float]]], workers: int) -> None:
+    for k, found in zip((0, 2), counts, strict=True):
+        filled = [min(step, k) for step in range(k + 2)]  # empty, partly filled, full
+        assert found["distinct"] == [2 * PAIRS * workers * (held + 1) - 1 for held in filled]
+        assert found["masked"] == found["expected"]
+        assert max(found["masked"]) < 2 * PAIRS * workers * (k + 1) - 1
+
+
+def test_every_query_meets_2np_k_plus_1_minus_1_negatives_minus_the_masked() -> None:
+    check_counts([count_negatives(0, 1, k) for k in (0, 2)], 1)
+
+
 @pytest.mark.distributed
-def test_every_query_meets_2np_k_plus_1_minus_1_negatives(workers: list[dict[str, Any]]) -> None:
-    """Past batches empty, partly filled and full."""
+def test_two_and_three_workers_meet_2np_k_plus_1_minus_1_negatives_minus_the_masked(
+    workers: list[dict[str, Any]],
+) -> None:
     for result in workers:
-        assert result["counts"] == [2 * PAIRS * len(workers) * (k + 1) - 1 for k in (0, 1, 2, 2, 2)]
-    assert count_negatives(0) == [2 * PAIRS * (k + 1) - 1 for k in (0, 1, 2, 2, 2)]
+        check_counts(result["counts"], len(workers))
+
+
+@pytest.mark.distributed
+def test_all_workers_stop_when_the_loss_of_one_is_not_finite(workers: list[dict[str, Any]]) -> None:
+    assert [result["nan"]["stopped"] for result in workers] == [True] * len(workers)
+    assert [result["nan"]["own"] for result in workers] == [rank != 1 for rank in range(len(workers))]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mim_ray.csft.negatives import HardNegativeSampler
-from mim_ray.csft.sampling import log_q, sampling_rates
+from mim_ray.csft.sampling import log_q, pair_counts, sampling_rates
+from mim_ray.data.catalogue import Catalogue
 
 
 def test_by_hand() -> None:
@@ -41,3 +44,14 @@ def test_without_hard_negatives_only_the_pairs_count_and_the_unseen_are_as_rare_
     assert rates.tolist() == [0.75, 0.25, 0.0]
     assert log_q(rates).tolist() == pytest.approx([math.log(0.75), math.log(0.25), math.log(0.25)])
     assert log_q(np.zeros(2)).tolist() == [0.0, 0.0]
+
+
+def test_pairs_are_counted_by_item_and_signal(samples: str) -> None:
+    catalogue = Catalogue.open(f"{samples}/catalogue")
+    table = pq.read_table(f"{samples}/interest_pairs").to_pylist()
+    for signal in ("any", "click"):
+        want = np.zeros(catalogue.num_items, int)
+        for row in table:
+            if signal in ("any", row["signal"]):
+                want[int(catalogue.rows(pa.array([row["item_id"]]))[0])] += 1
+        assert pair_counts(f"{samples}/interest_pairs", catalogue, signal).tolist() == want.tolist()
