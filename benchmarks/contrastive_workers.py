@@ -5,6 +5,7 @@ Started by contrastive.py; each worker is this file, run as a process of its own
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -113,10 +114,23 @@ def worker(rank: int, port: int, result: Path, size: Size) -> None:
 
 def _open_clip_loss(rank: int, num_workers: int) -> Loss:
     """open_clip's loss at its settings for many workers; its models hand it normalised features, so that is included."""
-    from open_clip.loss import ClipLoss
-
-    loss = ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True, rank=rank, world_size=num_workers)
+    loss = _open_clip().ClipLoss(
+        local_loss=True, gather_with_grad=True, cache_labels=True, rank=rank, world_size=num_workers
+    )
     return lambda image, text, scale: loss(normalize(image, dim=-1), normalize(text, dim=-1), scale)
+
+
+def _open_clip() -> Any:
+    """open_clip's file of losses alone: the whole package takes ten seconds to import, on every worker."""
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    spec = importlib.util.spec_from_file_location("open_clip_loss", f"{package.submodule_search_locations[0]}/loss.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _step(loss: Loss, image: Tensor, text: Tensor, scale: Tensor) -> Callable[[], None]:
@@ -130,7 +144,7 @@ def _step(loss: Loss, image: Tensor, text: Tensor, scale: Tensor) -> Callable[[]
 def _paired_seconds(
     first: Callable[[], None], second: Callable[[], None], budget_s: float, least: int = 3, most: int = 60
 ) -> tuple[list[float], list[float]]:
-    """As in measuring.py, but a step begins on all workers together and lasts as long as on the slowest."""
+    """As `seconds_in_turn`, but a step begins on all workers together and lasts as long as on the slowest."""
     seconds: tuple[list[float], list[float]] = ([], [])
     steps = (first, second)
     for step in steps:

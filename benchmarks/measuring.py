@@ -20,20 +20,21 @@ Step = Callable[[], object]
 MEGABYTE = 2**20
 
 
-def paired_seconds(
-    first: Step, second: Step, *, budget_s: float, least: int = 3, most: int = 60
-) -> tuple[list[float], list[float]]:
-    """Seconds of both steps, run in turn (the order changes from pair to pair) until the budget is used.
+def seconds_in_turn(
+    *steps: Step, budget_s: float, least: int = 3, most: int = 60, warm_up: bool = True
+) -> tuple[list[float], ...]:
+    """Seconds of each step, run in turn (the order is turned round from round to round) until the budget is used.
 
-    Each is run once before, unmeasured. At least `least` pairs, at most `most`.
+    Each is run once before, unmeasured, unless `warm_up` is off. At least `least` rounds, at most `most`.
     """
     end = time.perf_counter() + budget_s
-    seconds: tuple[list[float], list[float]] = ([], [])
-    steps = (first, second)
-    for step in steps:
+    seconds: tuple[list[float], ...] = tuple([] for _ in steps)
+    for step in steps if warm_up else ():
         step()
-    while len(seconds[0]) < least or (time.perf_counter() < end and len(seconds[0]) < most):
-        for side in (0, 1) if len(seconds[0]) % 2 == 0 else (1, 0):
+    for number in range(most):
+        if number >= least and time.perf_counter() > end:
+            break
+        for side in range(len(steps)) if number % 2 == 0 else reversed(range(len(steps))):
             seconds[side].append(seconds_of(steps[side]))
     return seconds
 
