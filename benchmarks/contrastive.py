@@ -170,10 +170,10 @@ def _parts(plan: Plan, start: float) -> list[tuple[str, float, Callable[[], dict
         return {"retrieval": measure_retrieval(plan.work, num_seeds=plan.seeds, threads=plan.threads)}
 
     parts = [
-        ("gradients against float64", 1.0, gradients),
-        ("plain logits and cross-entropy", 12.0, dense),
-        ("the paper's 901,119 negatives", 8.0, paper),
-        ("open_clip, two gloo workers", 14.0, lambda: _open_clip(plan)),
+        ("gradients against float64", 3.0, gradients),
+        ("plain logits and cross-entropy", 10.0, dense),
+        ("the paper's 901,119 negatives", 5.0, paper),
+        ("open_clip, two gloo workers", 13.0, lambda: _open_clip(plan)),
         ("pytorch-metric-learning and sentence-transformers", 25.0, peers),
     ]
     return parts if plan.quick else [*parts, ("training runs on the synthetic shop", 60.0, retrieval)]

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mim_ray.config import Scenario, load_scenario
-from mim_ray.pipeline.graph import pipeline
-from mim_ray.runtime.cluster import cluster
 from mim_ray.runtime.progress import format_seconds
 
 REFERENCE = "k = 10, hard negatives, TFN, three levels"
@@ -35,6 +33,8 @@ _T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365,
 
 def measure_retrieval(work: Path, *, num_seeds: int, threads: int, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     """`retrieval`: every arm on every seed. Finished runs in `work` are not run again."""
+    from mim_ray.runtime.cluster import cluster  # Ray is imported when it is needed
+
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     start, made, left = time.monotonic(), 0, num_seeds * len(ARMS)
     with cluster(_scenario(work, 0, threads, (), overrides).run):
@@ -78,6 +78,8 @@ def _scenario(work: Path, seed: int, threads: int, changes: tuple[str, ...], ove
 
 def _run(scenario: Scenario, work: Path) -> tuple[dict[str, Any], bool]:
     """Figures of one C-SFT run, and whether it was run now."""
+    from mim_ray.pipeline.graph import pipeline
+
     chain = pipeline(scenario)
     kept = work / "arms" / f"{chain.fingerprint('csft')}.json"
     if kept.is_file():
