@@ -54,6 +54,9 @@ class Data(Section):
     root: str | None = None
     """Folder or URI with items and interactions (and, if there are, impressions and interest_pairs), each NAME.parquet
     (a file or a folder) or NAME (a Delta table or a folder of Parquet files). Without it the synthetic shop is built."""
+    images_root: str | None = None
+    """Folder or URI below which an item's image_uri may point, and from which a relative one is read. Default: data.root.
+    Nothing else is read, nothing is fetched over HTTP."""
     max_image_bytes: Positive = 8_000_000
     """An encoded image larger than this is rejected before decoding."""
     max_image_pixels: Positive = 50_000_000
@@ -134,10 +137,11 @@ class Vision(Section):
     """A timm model name (paper: EVA-02)."""
     weights: str | None = None
     """Local folder with safetensors, or `hub` for timm's public weights. None: random initialisation ("untrained")."""
-    image_size: Annotated[int, Field(ge=16)] = 224
-    """Side of the square input, in pixels."""
-    resize: Literal["shortest", "longest", "squash"] = "shortest"
-    """How a picture becomes square: crop the longer side, pad the shorter, or squash."""
+    image_size: Annotated[int, Field(ge=16)] | None = None
+    """Side of the square input, in pixels. Default: the model's own."""
+    resize: Literal["shortest", "longest", "squash"] | None = None
+    """How a picture becomes square: crop the longer side, pad the shorter with white, or squash, to the whole of
+    image_size. Default: the model's own way, with its own margin."""
     model_args: dict[str, int | float | bool | str | list[int]] = {}
     """Arguments of the architecture that differ from the named model's, for small versions."""
 
@@ -164,8 +168,10 @@ class Encoders(Section):
     text: Text = Text()
     width: Positive = 256
     """D: width of h^img, h^txt and h^MM."""
-    fusion: Literal["tfn", "concat"] = "tfn"
-    """Eq. 3's outer product, or its ablation (Table 5)."""
+    fusion: Literal["tfn", "low_rank_tfn", "concat"] = "tfn"
+    """Eq. 3's outer product, the same with low-rank weights for wide towers, or its ablation (Table 5)."""
+    fusion_rank: Annotated[int, Field(ge=2)] = 16
+    """Rank of low_rank_tfn."""
     fusion_hidden: Positive = 512
     """Hidden width of the MLP of Eq. 4."""
 
@@ -210,6 +216,8 @@ class Pretraining(Workers):
 class Csft(Workers):
     """Section 3.3: C-SFT with space-time negatives."""
 
+    num_decoders: Count = 2
+    """Ray Data tasks at once that read and decode pictures for each worker, on CPUs. 0: in a thread of the worker."""
     batch_size: Positive = 1_024
     """N, pairs per worker (paper: 1,024)."""
     steps: Positive = 2_000
@@ -218,7 +226,7 @@ class Csft(Workers):
     past_warmup_steps: Count = 100
     """Past batches join after this many steps: before, their embeddings drift too fast."""
     hard_negatives: bool = True
-    """One other item of the positive's category per pair (Table 5: part of ST-NSG)."""
+    """One other item of the positive's category per pair (part of ST-NSG). A catalogue without categories needs false."""
     text_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
     """alpha of Eq. 6 (paper: 0.5)."""
     image_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
@@ -257,10 +265,21 @@ class Csft(Workers):
     """Part of the pairs, by hash, that is never trained on and on which retrieval is measured."""
     max_held_out: Positive = 1_024
     """Held-out pairs measured at most."""
-    max_gallery: Positive = 50_000
-    """Items among which retrieval looks for the purchased one; a larger catalogue is sampled."""
+    max_gallery: Positive | None = None
+    """Items among which retrieval looks for the purchased one; a larger catalogue is sampled. Default: all items."""
     checkpoint_every_steps: Positive = 500
     """Steps between the checkpoints from which crashed workers go on."""
+
+    @property
+    def pair_signal(self) -> Literal["purchase", "click", "any"]:
+        """The signal of the pairs to train on. Table 4's v1 looks at items only, so it takes all pairs there are."""
+        if self.supervision in ("category", "any"):
+            return "any"
+        return "click" if self.supervision.startswith("click") else "purchase"
+
+    @property
+    def draws_hard_negatives(self) -> bool:
+        return self.hard_negatives and self.space_time_negatives
 
 
 class Extraction(Section):

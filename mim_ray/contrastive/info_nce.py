@@ -248,11 +248,12 @@ def _grad_fresh(ctx: Any, units: Tensor, grad: Tensor) -> Tensor:
     return grad_fresh
 
 
-def _logits(scaled: Tensor, block: Tensor, bias: Tensor | None, start: int, out: Tensor | None = None) -> Tensor:
-    """(B, t) of the columns from `start` on."""
+def _logits(scaled: Tensor, block: Tensor, bias: Tensor | None, start: int, *, out: Tensor) -> None:
+    """Into `out` (B, t): the logits of the columns from `start` on."""
     if bias is None:
-        return torch.mm(scaled, block.T, out=out)
-    return torch.addmm(bias[start : start + len(block)], scaled, block.T, out=out)
+        torch.mm(scaled, block.T, out=out)
+    else:
+        torch.addmm(bias[start : start + len(block)], scaled, block.T, out=out)
 
 
 def _tiles(num_fresh: int, num_past: int, tile: int) -> list[tuple[int, int]]:

@@ -1,96 +1,97 @@
 """The held-out measure: with the picture a user searched with, where among all items is the one that was bought?
 
-Ranks are taken for q→MM, q→txt and q→img. Ties count half, so an encoder that maps everything to one point gets the middle
-rank, not the first. Of built pairs the item that the query picture belongs to is taken out of the ranking.
+Ranks are taken for q→MM, q→txt and q→img over the whole catalogue, which passes by in chunks: nothing is held but the
+queries. Ties count half, so an encoder that maps everything to one point gets the middle rank, not the first. Of built pairs
+the item that the query picture belongs to is left out of the ranking; items without a modality are left out at its level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from mim_ray.contrastive.gather import gather, place
-from mim_ray.csft.dataset import ItemBatch, ItemLoader, Pairs
+from mim_ray.contrastive.gather import gather, place, total
+from mim_ray.csft.chunks import Pairs
+from mim_ray.csft.embedding import embed_items
+from mim_ray.csft.items import ItemLoader, Items
+from mim_ray.csft.negatives import PastBatches
 from mim_ray.csft.objective import LEVELS
 from mim_ray.encoders import ItemEncoder
 from mim_ray.evaluation.metrics import mrr, recall_at_k
 
 RECALL_AT = (1, 10, 100)
 _BATCH = 256
+_DRIFT_ITEMS = 64
+_TIE = 1e-6  # cosines this near are equal: the same item encoded in another batch differs in the last digits
 
 
-def embed_items(encoder: ItemEncoder, items: ItemBatch) -> Tensor:
-    """(n, 3, D): h^MM, h^txt, h^img; zeros where a modality is missing."""
-    device = encoder.image_projection.weight.device
-    tokens = {key: value.to(device) for key, value in items.tokens.items()}
-    embedded = encoder(items.pixels.to(device), items.has_image.to(device), tokens, items.has_text.to(device))
-    return torch.stack([embedded.mm, embedded.text, embedded.image], dim=1)
+@dataclass(frozen=True)
+class HeldOut:
+    """Q held-out pairs, the same on all workers, and the items that were bought."""
 
-
-def choose_gallery(eligible: np.ndarray, positives: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """Catalogue rows to rank: all eligible ones and the positives, or a sample of `most` that holds the positives."""
-    positives = np.unique(positives)
-    others = np.setdiff1d(eligible, positives)
-    if len(others) + len(positives) > most:
-        others = np.random.default_rng(seed).choice(others, max(0, most - len(positives)), replace=False)
-    return np.sort(np.concatenate([positives, others]))
+    pairs: Pairs
+    positives: Items
 
 
 @torch.no_grad()
 def measure(
-    encoder: ItemEncoder, loader: ItemLoader, pairs: Pairs, gallery: np.ndarray
-) -> dict[str, dict[str, float | None]]:
-    """Recall@{1, 10, 100} and MRR by level. A collective: workers share the encoding; the result is the same on all.
+    encoder: ItemEncoder, held_out: HeldOut, gallery: Iterable[Items]
+) -> tuple[dict[str, dict[str, float | None]], int]:
+    """Recall@{1, 10, 100} and MRR by level, and the number of items ranked. A collective; the result is the same on all.
 
     Args:
-        pairs: held-out pairs, the same on all workers. gallery: catalogue rows, sorted, with every positive in it.
+        gallery: this worker's part of the items, in chunks; together with the other workers' each item once.
     """
     was_training = encoder.training
     encoder.eval()
     device = encoder.image_projection.weight.device
-    items = _shared(len(gallery), lambda rows: embed_items(encoder, loader.items(gallery[rows])), 3 * encoder.width)
-    items = normalize(items.view(len(gallery), 3, -1), dim=-1)
+    pairs = held_out.pairs
     queries = _shared(
-        len(pairs), lambda rows: encoder.encode_image(torch.from_numpy(pairs.pixels[rows]).to(device)), encoder.width
+        len(pairs), lambda rows: encoder.encode_image(torch.tensor(pairs.pixels[rows], device=device)), encoder.width
     )
-    queries = normalize(queries, dim=-1)
+    queries = normalize(queries, dim=-1)  # (Q, D)
+    positives = _shared(
+        len(pairs), lambda rows: embed_items(encoder, held_out.positives[rows]), len(LEVELS) * encoder.width
+    )
+    positives = normalize(positives.view(len(pairs), len(LEVELS), -1), dim=-1)
+    best = torch.einsum("qd,qld->ql", queries, positives)  # (Q, 3)
+    left_out = torch.tensor(np.stack([pairs.items, pairs.query_items]), device=device)  # (2, Q) catalogue rows
+    ahead, tied = (torch.zeros(len(LEVELS), len(pairs), dtype=torch.float64, device=device) for _ in range(2))
+    num_items = torch.zeros((), dtype=torch.int64, device=device)
+    for items in gallery:
+        embedded = normalize(embed_items(encoder, items), dim=-1)  # (n, 3, D)
+        rows = torch.tensor(items.rows, device=device)
+        counted = (rows != left_out.unsqueeze(2)).all(0)  # (Q, n)
+        for index in range(len(LEVELS)):
+            found = ahead_and_tied(queries, embedded[:, index], best[:, index], counted)
+            ahead[index] += found[0]
+            tied[index] += found[1]
+        num_items += len(items.rows)
+    ranks = (1 + total(ahead) + total(tied) / 2).cpu().numpy()
     encoder.train(was_training)
-    positive = torch.from_numpy(np.searchsorted(gallery, pairs.items)).to(device)
-    own = np.searchsorted(gallery, pairs.query_items)
-    is_own = (pairs.query_items >= 0) & (gallery[np.minimum(own, len(gallery) - 1)] == pairs.query_items)
-    is_own &= pairs.query_items != pairs.items
     result: dict[str, dict[str, float | None]] = {}
     for index, level in enumerate(LEVELS):
-        taking_part = items[positive, index].abs().sum(1).cpu().numpy() > 0
-        ranks = ranks_of_positives(queries, items[:, index], positive, own, is_own)[taking_part]
-        result[level] = {f"recall@{k}": recall_at_k(ranks, k) for k in RECALL_AT} | {"mrr": mrr(ranks)}
-    return result
+        taking_part = (positives[:, index].abs().sum(1) > 0).cpu().numpy()
+        own = ranks[index][taking_part]
+        result[level] = {f"recall@{k}": recall_at_k(own, k) for k in RECALL_AT} | {"mrr": mrr(own)}
+    return result, int(total(num_items))
 
 
-def ranks_of_positives(
-    queries: Tensor, items: Tensor, positive: Tensor, own: np.ndarray, is_own: np.ndarray
-) -> np.ndarray:
-    """(Q,) rank from 1 of each query's positive by inner product, ties counting half.
+def ahead_and_tied(queries: Tensor, items: Tensor, best: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """(Q,) how many of the items are nearer to each query than its positive, and how many as near.
 
     Args:
-        queries: (Q, D). items: (G, D). positive: (Q,) row of `items`.
-        own: (Q,) row of `items` to leave out where `is_own` (Q,) bool.
+        queries: (Q, D). items: (n, D); rows of zeros lack the modality and do not count.
+        best: (Q,) inner product of each query with its positive. counted: (Q, n) bool, False for items to leave out.
     """
-    ranks = []
-    for start in range(0, len(queries), _BATCH):
-        rows = slice(start, start + _BATCH)
-        scores = queries[rows] @ items.T  # (q, G)
-        places = torch.arange(len(scores), device=scores.device)
-        best = scores[places, positive[rows]].unsqueeze(1)
-        left_out = np.flatnonzero(is_own[rows])
-        scores[left_out, own[rows][left_out]] = -torch.inf
-        higher, equal = (scores > best).sum(1), (scores == best).sum(1)
-        ranks.append((higher + (equal + 1) / 2).cpu().numpy())
-    return np.concatenate(ranks) if ranks else np.zeros(0)
+    gap = queries @ items.T - best.unsqueeze(1)  # (Q, n)
+    counted = counted & (items != 0).any(1)
+    return ((gap > _TIE) & counted).sum(1), ((gap.abs() <= _TIE) & counted).sum(1)
 
 
 def _shared(num_rows: int, embed: Callable[[np.ndarray], Tensor], width: int) -> Tensor:
@@ -100,6 +101,24 @@ def _shared(num_rows: int, embed: Callable[[np.ndarray], Tensor], width: int) ->
     rows = np.arange(rank * part, (rank + 1) * part) % max(1, num_rows)  # the last part wraps: equal sizes
     pieces = [embed(rows[start : start + _BATCH]).float().reshape(-1, width) for start in range(0, part, _BATCH)]
     return gather(torch.cat(pieces))[:num_rows]
+
+
+@torch.no_grad()
+def drift_by_age(encoder: ItemEncoder, loader: ItemLoader, past: PastBatches) -> dict[str, float]:
+    """Mean cosine of past MM embeddings to the encoder's present ones, by age in batches. Only items seen whole both times."""
+    was_training = [module.training for module in encoder.modules()]
+    encoder.eval()
+    by_age = {}
+    for age in ages(len(past)):
+        batch = past.batch_of_age(age)
+        assert batch is not None
+        then = batch[:_DRIFT_ITEMS]
+        items = loader.items(then.items.cpu().numpy())
+        same = (then.has_image.cpu().numpy() == items.has_image) & (then.has_text.cpu().numpy() == items.has_text)
+        by_age[str(age)] = round(mean_drift(then.embeddings[same, 0], embed_items(encoder, items)[same, 0]), 5)
+    for module, training in zip(encoder.modules(), was_training, strict=True):
+        module.training = training
+    return by_age
 
 
 def mean_drift(then: Tensor, now: Tensor) -> float:

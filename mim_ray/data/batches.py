@@ -69,6 +69,9 @@ class RowBatches:
         self.batch_size = max(1, min(batch_size, self._rank_rows))
         self.steps_per_epoch = self._rank_rows // self.batch_size
         self._seed, self._rank = seed, rank
+        self._windows: list[list[_Unit]] = []
+        self._windows_of = -1
+        self._read_windows: dict[tuple[int, int], tuple[pa.Table, np.ndarray]] = {}
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[pa.Table]:
         """The batches of one epoch from `start_step` on, read ahead in a background thread."""
@@ -96,27 +99,34 @@ class RowBatches:
                 if step == num_steps:
                     return
 
-    def _epoch(self, epoch: int, start_step: int) -> Iterator[pa.Table]:
-        skip = start_step * self.batch_size
-        end = self.steps_per_epoch * self.batch_size
-        rest: list[pa.Table] = []
-        num_rest, done = 0, 0
-        for number, window in enumerate(_windows(self._part(epoch))):
+    def batch(self, epoch: int, step: int) -> pa.Table:
+        """Batch `step` of an epoch, whatever was asked for before; the last two windows read stay in memory."""
+        start, stop = step * self.batch_size, (step + 1) * self.batch_size
+        if self._windows_of != epoch:
+            self._windows_of, self._windows = epoch, list(_windows(self._part(epoch)))
+        pieces, first = [], 0
+        for number, window in enumerate(self._windows):
             num_rows = sum(unit.num_rows for unit in window)
-            done += num_rows
-            if done <= skip:
-                continue
-            table = pa.concat_tables([self._read(unit) for unit in window]).combine_chunks()
-            order = np.random.default_rng([self._seed, epoch, self._rank, number]).permutation(num_rows)
-            order = order[max(0, skip - (done - num_rows)) : num_rows - max(0, done - end)]
-            rest.append(table.take(pa.array(order)))
-            num_rest += len(order)
-            if num_rest >= self.batch_size:
-                joined = pa.concat_tables(rest).combine_chunks()
-                full = num_rest - num_rest % self.batch_size
-                for start in range(0, full, self.batch_size):
-                    yield joined.slice(start, self.batch_size)
-                rest, num_rest = [joined.slice(full)], num_rest - full
+            low, high = max(start, first), min(stop, first + num_rows)
+            if low < high:
+                table, order = self._window(epoch, number)
+                pieces.append(table.take(pa.array(order[low - first : high - first])))
+            first += num_rows
+        return pa.concat_tables(pieces).combine_chunks()
+
+    def _epoch(self, epoch: int, start_step: int) -> Iterator[pa.Table]:
+        for step in range(start_step, self.steps_per_epoch):
+            yield self.batch(epoch, step)
+
+    def _window(self, epoch: int, number: int) -> tuple[pa.Table, np.ndarray]:
+        """Rows of a window as they lie in the files, and the order drawn for them."""
+        if (epoch, number) not in self._read_windows:
+            if len(self._read_windows) > 1:
+                self._read_windows.pop(next(iter(self._read_windows)))
+            table = pa.concat_tables([self._read(unit) for unit in self._windows[number]]).combine_chunks()
+            order = np.random.default_rng([self._seed, epoch, self._rank, number]).permutation(table.num_rows)
+            self._read_windows[epoch, number] = (table, order)
+        return self._read_windows[epoch, number]
 
     def _part(self, epoch: int) -> list[_Unit]:
         """This rank's units in the epoch's order, the first and last ones cut where the part begins and ends."""

@@ -31,6 +31,7 @@ from mim_ray.config import Scenario
 from mim_ray.data.catalogue import write_index
 from mim_ray.data.event_log import STAGE, UNKNOWN_TIME, Items, ShardStats, clean_shard
 from mim_ray.data.ids import IdIndex
+from mim_ray.data.image_files import ImageFiles, images_root
 from mim_ray.data.items import choose_items, write_items_part
 from mim_ray.data.own_tables import OwnSplit, newest_of_users, own_split, write_own_impressions
 from mim_ray.data.pairs import write_own_pairs, write_search_pairs
@@ -157,11 +158,12 @@ class _Build:
         for stats in log.stats if log is not None else ():
             np.minimum.at(first_seen, *stats.first_seen)
         write = ray.remote(write_items_part)
-        uri, tasks, start = f"{self.output}/catalogue", [], 0
+        uri, tasks, start, settings = f"{self.output}/catalogue", [], 0, self.scenario.data
+        files = ImageFiles(images_root(settings, self.data_root), settings.max_image_bytes)
         for number, shard in enumerate(item_shards):
             part = keep[shard.first_row : shard.first_row + shard.num_rows]
             stop = start + int(part.sum())
-            tasks.append(write.remote(shard, part, first_seen[start:stop], self.scenario.data, uri, number))
+            tasks.append(write.remote(shard, part, first_seen[start:stop], settings, files, uri, number))
             start = stop
         done = _gather("check items", tasks, [shard.num_rows for shard in item_shards], "items")
         write_index(uri)

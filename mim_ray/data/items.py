@@ -10,6 +10,7 @@ from mim_ray.config.scenario import Data
 from mim_ray.data.catalogue import CATALOGUE, write_part
 from mim_ray.data.event_log import STAGE, UNKNOWN_TIME, complete, is_blank, times_us
 from mim_ray.data.ids import IdIndex
+from mim_ray.data.image_files import ImageFiles
 from mim_ray.data.rejects import reject_rows
 from mim_ray.data.schema import TIME
 from mim_ray.data.sources import Shard
@@ -41,11 +42,18 @@ def choose_items(shards: list[Shard]) -> tuple[np.ndarray, pa.Array, np.ndarray,
 
 
 def write_items_part(
-    shard: Shard, keep: np.ndarray, first_seen: np.ndarray, settings: Data, uri: str, number: int
+    shard: Shard,
+    keep: np.ndarray,
+    first_seen: np.ndarray,
+    settings: Data,
+    files: ImageFiles,
+    uri: str,
+    number: int,
 ) -> tuple[pa.Array, np.ndarray, pa.Table, dict[str, int]]:
     """Clean one shard and write it as one part of the catalogue.
 
     Args:
+        files: of pictures that the table names by image_uri.
         keep: (shard.num_rows,) as choose_items. first_seen: (number kept,) microseconds, UNKNOWN_TIME without events.
 
     Returns:
@@ -54,20 +62,19 @@ def write_items_part(
     columns = ["item_id", "title", "category", "image", "image_uri", "created_at"]
     rows = shard.read(columns).filter(pa.array(keep)).combine_chunks()
     titles = [clean_title(title, settings.max_title_chars) for title in rows["title"].to_pylist()]
+    found = files.read_all(rows["image"].to_pylist(), rows["image_uri"].to_pylist())
     images: list[bytes | None] = []
     rejects = []
-    for name, image, uri_text in zip(*(rows[c].to_pylist() for c in ("item_id", "image", "image_uri")), strict=True):
+    for name, image in zip(rows["item_id"].to_pylist(), found, strict=True):
         usable = None
-        if image:
-            try:
+        try:
+            if isinstance(image, BadImage):
+                raise image
+            if image is not None:
                 check_image(image, settings.max_image_bytes, settings.max_image_pixels)
-                usable = image
-            except BadImage as error:
-                rejects.append((name, error.reason, error.detail))
-        elif uri_text:
-            rejects.append(
-                (name, "image only as image_uri", f"{uri_text[:200]} is not fetched; put the bytes in image")
-            )
+            usable = image
+        except BadImage as error:
+            rejects.append((name, error.reason, error.detail))
         images.append(usable)
     given = rows["category"]
     category = pc.utf8_trim_whitespace(pc.list_element(pc.split_pattern(given, "|"), 0)).combine_chunks()

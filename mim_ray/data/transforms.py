@@ -6,13 +6,15 @@ import hashlib
 import io
 import struct
 import zlib
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 Resize = Literal["shortest", "longest", "squash"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -25,14 +27,34 @@ class BadImage(Exception):
         self.detail = detail
 
 
-def decode_image(
-    data: bytes, size: int, resize: Resize = "shortest", max_bytes: int = 8_000_000, max_pixels: int = 50_000_000
-) -> np.ndarray:
-    """An encoded picture as (3, size, size) uint8 RGB; transparent parts become white.
+@dataclass(frozen=True)
+class PictureFormat:
+    """What an image tower takes, as timm and open_clip describe it.
 
-    Args:
-        resize: "shortest" scales the shorter side to `size` and crops the middle, "longest" scales the longer side and
-            pads with white, "squash" ignores the proportions.
+    Attributes:
+        size: side S of the square, in pixels.
+        resize: "shortest" scales the shorter side to size / crop_ratio and crops the middle, "longest" does so with the
+            longer side and pads, "squash" with both sides, without regard to the proportions.
+        crop_ratio: part of the scaled side that is kept (timm's crop_pct).
+        fill: RGB of the padding.
+    """
+
+    size: int
+    resize: Resize = "shortest"
+    interpolation: Interpolation = "bilinear"
+    crop_ratio: float = 1.0
+    fill: tuple[int, int, int] = (255, 255, 255)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PictureFormat:
+        """From what `dataclasses.asdict` gave, after JSON."""
+        return cls(**{**values, "fill": tuple(values["fill"])})
+
+
+def decode_image(
+    data: bytes, picture: PictureFormat, max_bytes: int = 8_000_000, max_pixels: int = 50_000_000
+) -> np.ndarray:
+    """An encoded picture as (3, S, S) uint8 RGB; transparent parts become white.
 
     Raises:
         BadImage: too many bytes (looked at before anything is parsed) or pixels (before decoding), no JPEG, PNG or WebP,
@@ -41,34 +63,29 @@ def decode_image(
     try:
         image = _open(data, max_bytes, max_pixels)
         if image.format == "JPEG":
-            image.draft("RGB", (size, size))  # decodes at 1/2, 1/4 or 1/8 where that is still large enough
+            scale = _scaled_side(picture)
+            image.draft("RGB", (scale, scale))  # decodes at 1/2, 1/4 or 1/8 where that is still large enough
         image = _rgb(ImageOps.exif_transpose(image))
     except _DECODE_ERRORS as error:
         raise BadImage("image corrupt", str(error)) from None
-    if resize == "squash":
-        image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    elif resize == "shortest":
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    else:
-        image = ImageOps.pad(image, (size, size), Image.Resampling.BILINEAR, color=(255, 255, 255))
-    return np.ascontiguousarray(np.asarray(image, np.uint8).transpose(2, 0, 1))  # (3, size, size)
+    return np.ascontiguousarray(np.asarray(_square(image, picture), np.uint8).transpose(2, 0, 1))  # (3, S, S)
 
 
 def decode_images(
-    images: Sequence[bytes | None], size: int, resize: Resize, max_bytes: int = 8_000_000, max_pixels: int = 50_000_000
+    images: Sequence[bytes | None], picture: PictureFormat, max_bytes: int = 8_000_000, max_pixels: int = 50_000_000
 ) -> tuple[np.ndarray, np.ndarray]:
     """A batch of pictures.
 
     Returns:
-        pixels (B, 3, size, size) uint8, zero where there is none, and has_image (B,) bool, False for None and BadImage.
+        pixels (B, 3, S, S) uint8, zero where there is none, and has_image (B,) bool, False for None and BadImage.
     """
-    pixels = np.zeros((len(images), 3, size, size), np.uint8)
+    pixels = np.zeros((len(images), 3, picture.size, picture.size), np.uint8)
     has_image = np.zeros(len(images), bool)
     for row, data in enumerate(images):
         if data is None:
             continue
         try:
-            pixels[row] = decode_image(data, size, resize, max_bytes, max_pixels)
+            pixels[row] = decode_image(data, picture, max_bytes, max_pixels)
             has_image[row] = True
         except BadImage:
             continue  # has_image says so; whoever stores the picture has counted it as a reject
@@ -137,6 +154,12 @@ _DECODE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")
 
 
@@ -152,6 +175,32 @@ def _open(data: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise BadImage("image too large", f"{image.width} x {image.height} pixels, the limit is {max_pixels}")
     return image
+
+
+def _square(image: Image.Image, picture: PictureFormat) -> Image.Image:
+    """Scaled, then cropped or padded about the middle, as PictureFormat says; what is cropped is never computed."""
+    size, scale = picture.size, _scaled_side(picture)
+    sides = image.size  # (width, height)
+    if picture.resize == "squash":
+        scaled = (scale, scale)
+    elif picture.resize == "shortest":
+        scaled = (scale * sides[0] // min(sides), scale * sides[1] // min(sides))  # rounded as torchvision does
+    else:
+        scaled = (max(1, round(scale * sides[0] / max(sides))), max(1, round(scale * sides[1] / max(sides))))
+    kept = (min(size, scaled[0]), min(size, scaled[1]))
+    start = [round((whole - part) / 2) for whole, part in zip(scaled, kept, strict=True)]
+    box = [(first * side / whole) for first, side, whole in zip(start, sides, scaled, strict=True)]
+    box += [((f + k) * side / whole) for f, k, side, whole in zip(start, kept, sides, scaled, strict=True)]
+    part = image.resize(kept, _FILTERS[picture.interpolation], (box[0], box[1], box[2], box[3]))
+    if kept == (size, size):
+        return part
+    padded = Image.new("RGB", (size, size), picture.fill)
+    padded.paste(part, ((size - kept[0]) // 2, (size - kept[1]) // 2))
+    return padded
+
+
+def _scaled_side(picture: PictureFormat) -> int:
+    return int(picture.size / picture.crop_ratio)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 
 from mim_ray.artifacts import read_bytes, read_json, read_tensors, write_bytes, write_json
 from mim_ray.config.scenario import Encoders
-from mim_ray.encoders.fusion import FUSIONS
+from mim_ray.data.transforms import PictureFormat
+from mim_ray.encoders.fusion import build_fusion
 from mim_ray.encoders.text import TextTower, Tokens, build_from_config, build_text
 from mim_ray.encoders.vision import VisionTower, build_untrained, build_vision
 from mim_ray.errors import ArtifactError, ConfigError
@@ -43,7 +43,7 @@ class ItemEncoder(nn.Module):
     """F_V, F_L and fusion as one module.
 
     Attributes:
-        settings: what it was built from. width: D. image_size, resize: what pictures it takes.
+        settings: what it was built from. width: D. picture, image_size: what pictures it takes, and their side S.
         encoder_version: "<stage>-<hash of weights, architecture and tokenizer>" once saved or loaded, else None.
     """
 
@@ -51,14 +51,14 @@ class ItemEncoder(nn.Module):
         super().__init__()
         self.settings = settings
         self.width = settings.width
-        self.image_size = settings.vision.image_size
-        self.resize = settings.vision.resize
+        self.picture = vision.picture
+        self.image_size = vision.picture.size
         self.encoder_version: str | None = None
         self.vision = vision
         self.text = text
         self.image_projection = nn.Linear(vision.width, settings.width)
         self.text_projection = nn.Linear(text.width, settings.width)
-        self.fusion = FUSIONS[settings.fusion](settings.width, settings.fusion_hidden)
+        self.fusion = build_fusion(settings.fusion, settings.width, settings.fusion_hidden, settings.fusion_rank)
 
     @classmethod
     def build(cls, settings: Encoders, tokenizer: Tokenizer | None, seed: int) -> ItemEncoder:
@@ -114,7 +114,8 @@ class ItemEncoder(nn.Module):
         tokenizer = self.text.tokenizer.to_str().encode()
         architecture = {
             "settings": self.settings.model_dump(mode="json"),
-            "text_config": _json_config(self.text.net.config),
+            "picture": asdict(self.picture),
+            "text_config": self.text.described(),
         }
         digest = hashlib.sha256(weights + tokenizer + json.dumps(architecture, sort_keys=True).encode()).hexdigest()
         self.encoder_version = f"{stage}-{digest[:12]}"
@@ -137,6 +138,7 @@ class ItemEncoder(nn.Module):
         try:
             own = Encoders.model_validate(described["settings"])
             config, version = described["text_config"], described["encoder_version"]
+            picture = PictureFormat.from_json(described["picture"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"{uri}/encoder.json does not describe an encoder ({str(error)[:200]}). Run the stage again."
@@ -145,7 +147,7 @@ class ItemEncoder(nn.Module):
             _refuse_other(uri, own, settings)
         try:
             tokenizer = Tokenizer.from_str(read_bytes(f"{uri}/tokenizer.json").decode())
-            vision = build_untrained(own.vision.model, own.vision.image_size, own.vision.model_args)
+            vision = build_untrained(own.vision, picture=picture)
             encoder = cls(own, vision, build_from_config(config, tokenizer, own.text.max_tokens))
         except ConfigError as error:
             raise ArtifactError(f"{uri}/encoder.json names an encoder that cannot be built here: {error}") from None
@@ -201,14 +203,6 @@ def encode_batch(
     return vectors
 
 
-def _json_config(config: Any) -> dict[str, Any]:
-    """A transformers configuration as JSON values, without where it came from."""
-    values: Mapping[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    return {
-        key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version", "dtype")
-    }
-
-
 def _refuse_other(uri: str, own: Encoders, wanted: Encoders) -> None:
     ignored = {"vision": {"weights"}, "text": {"weights", "vocabulary_size"}}  # where a start came from
     if own.model_dump(exclude=ignored) != wanted.model_dump(exclude=ignored):
@@ -222,6 +216,6 @@ def _describe(settings: Encoders) -> str:
     vision, text = settings.vision, settings.text
     args = [f"{model.model}{model.model_args or ''}" for model in (vision, text)]
     return (
-        f"{args[0]} at {vision.image_size} px ({vision.resize}) + {args[1]} with {text.max_tokens} tokens,"
+        f"{args[0]} at {vision.image_size or 'its own'} px ({vision.resize or 'its own'} resize) + {args[1]} with {text.max_tokens} tokens,"
         f" width {settings.width}, {settings.fusion} {settings.fusion_hidden}"
     )

@@ -14,7 +14,8 @@ from ray.data.context import DataContext
 from ray.data.datasource import Datasource, ReadTask
 
 from mim_ray.data.event_log import is_blank
-from mim_ray.data.transforms import BadImage, Resize, clean_title, content_hash, decode_image
+from mim_ray.data.image_files import ImageFiles
+from mim_ray.data.transforms import BadImage, PictureFormat, clean_title, content_hash, decode_image
 from mim_ray.extraction.plan import Unit
 
 COLUMNS = ["item_id", "title", "category", "image", "image_uri", "created_at"]
@@ -24,11 +25,11 @@ COLUMNS = ["item_id", "title", "category", "image", "image_uri", "created_at"]
 class Decoding:
     """How content becomes the encoder's input; part of a shard's identity."""
 
-    image_size: int
-    resize: Resize
+    picture: PictureFormat
     max_image_bytes: int
     max_image_pixels: int
     max_title_chars: int
+    images_root: str
 
 
 class ItemShards(Datasource):
@@ -39,7 +40,7 @@ class ItemShards(Datasource):
         self._units, self._decoding, self._block_rows = units, decoding, block_rows
 
     def estimate_inmemory_data_size(self) -> int:
-        pixels = 3 * self._decoding.image_size**2
+        pixels = 3 * self._decoding.picture.size**2
         return sum(unit.num_rows for unit in self._units) * (pixels + 200)
 
     def get_read_tasks(
@@ -77,25 +78,26 @@ def prepare_items(rows: pa.Table, duplicate: np.ndarray, decoding: Decoding) -> 
         item_id, title (null if none), pixels (3·S·S bytes, null if none), content_hash, content_at, category;
         image_reason and image_detail where a picture cannot be used, drop_reason where the row gets no embedding.
     """
-    size = decoding.image_size
+    size = decoding.picture.size
     titles = [clean_title(title, decoding.max_title_chars) for title in rows["title"].to_pylist()]
     blank = is_blank(rows["item_id"])
     pixels: list[bytes | None] = []
     hashes, image_reasons, image_details, drop_reasons = [], [], [], []
-    given = zip(titles, rows["image"].to_pylist(), rows["image_uri"].to_pylist(), blank, duplicate, strict=True)
-    for title, image, uri, no_id, again in given:
+    files = ImageFiles(decoding.images_root, decoding.max_image_bytes)
+    images = files.read_all(rows["image"].to_pylist(), rows["image_uri"].to_pylist())
+    for title, image, no_id, again in zip(titles, images, blank, duplicate, strict=True):
         picture, reason, detail = None, None, None
         if no_id or again:
-            pass
-        elif image:
+            image = None
+        if isinstance(image, BadImage):
+            reason, detail, image = image.reason, image.detail, None
+        elif image is not None:
             try:
                 picture = decode_image(
-                    image, size, decoding.resize, decoding.max_image_bytes, decoding.max_image_pixels
+                    image, decoding.picture, decoding.max_image_bytes, decoding.max_image_pixels
                 ).tobytes()
             except BadImage as error:
                 reason, detail = error.reason, error.detail
-        elif uri:
-            reason, detail = "image only as image_uri", f"{uri[:200]} is not fetched; put the bytes in image"
         pixels.append(picture)
         image_reasons.append(reason)
         image_details.append(detail)

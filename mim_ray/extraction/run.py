@@ -18,9 +18,11 @@ import ray
 from ray.data import ActorPoolStrategy
 
 from mim_ray import artifacts
-from mim_ray.config.scenario import Encoders, Extraction, Scenario
+from mim_ray.config.scenario import Extraction, Scenario
+from mim_ray.data.image_files import images_root
 from mim_ray.data.rejects import write_rejects
 from mim_ray.data.sources import require_table
+from mim_ray.data.transforms import PictureFormat
 from mim_ray.errors import ArtifactError
 from mim_ray.extraction.embed import Embedder, Encode, load_encoder
 from mim_ray.extraction.plan import plan, without
@@ -59,12 +61,12 @@ def run(
     """
     described = artifacts.read_json(f"{encoder}/encoder.json")
     try:
-        version, vision = described["encoder_version"], Encoders.model_validate(described["settings"]).vision
+        version, picture = described["encoder_version"], PictureFormat.from_json(described["picture"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{encoder}/encoder.json describes no encoder ({error}). Run its stage again.") from None
     data = scenario.data
     decoding = Decoding(
-        vision.image_size, vision.resize, data.max_image_bytes, data.max_image_pixels, data.max_title_chars
+        picture, data.max_image_bytes, data.max_image_pixels, data.max_title_chars, images_root(data, data_root)
     )
     table = EmbeddingTable(f"{center}/table").create()
     done = extract(
@@ -171,7 +173,7 @@ def _files(
     )
     encoded = prepared.map_batches(
         Embedder,
-        fn_constructor_args=(encoder, decoding.image_size, settings.gpus_per_actor > 0, load),
+        fn_constructor_args=(encoder, decoding.picture.size, settings.gpus_per_actor > 0, load),
         batch_size=settings.batch_size,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=settings.num_actors),

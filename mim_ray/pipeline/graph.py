@@ -37,7 +37,7 @@ def pipeline(scenario: Scenario) -> Pipeline:
         Stage(
             "samples",
             "Samples: interest pairs and impressions",
-            ("samples", "data.max_image_bytes", "data.max_image_pixels", "data.max_title_chars"),
+            ("samples", "data.images_root", "data.max_image_bytes", "data.max_image_pixels", "data.max_title_chars"),
             ("shop",) if synthetic_shop else (),
             _samples,
             reads_user_tables=True,
@@ -104,8 +104,13 @@ def _pretraining(scenario: Scenario, layout: Layout) -> StageResult:
 
 
 def _csft(scenario: Scenario, layout: Layout) -> StageResult:
-    encoder = layout.encoder("pretraining")
-    return csft_train.run(scenario, samples=layout.samples, encoder=encoder, output=layout.stage("csft"))
+    return csft_train.run(
+        scenario,
+        samples=layout.samples,
+        encoder=layout.encoder("pretraining"),
+        output=layout.stage("csft"),
+        rejects=layout.rejects,
+    )
 
 
 def _extraction(scenario: Scenario, layout: Layout) -> StageResult:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mim_ray.data.batches import catalogue_batches, prefetch
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.data.ids import hash_ids
-from mim_ray.data.transforms import Resize, decode_images
+from mim_ray.data.transforms import PictureFormat, decode_images
 
 HELD_OUT_RATIO = 0.05
 MOST_HELD_OUT = 1_024
@@ -60,17 +60,18 @@ class Pictures:
     def __init__(
         self,
         catalogue: Catalogue,
-        size: int,
-        resize: Resize,
+        picture: PictureFormat,
         max_bytes: int,
         max_pixels: int,
         cache_bytes: int = _CACHE_BYTES,
     ) -> None:
-        self._catalogue, self._size, self._resize = catalogue, size, resize
+        self._catalogue, self._picture = catalogue, picture
         self._limits = (max_bytes, max_pixels)
         self._kept: np.ndarray | None = None
-        if catalogue.num_items * 3 * size * size <= cache_bytes:
-            self._kept = np.empty((catalogue.num_items, 3, size, size), np.uint8)  # pages are taken as they are filled
+        if catalogue.num_items * 3 * picture.size**2 <= cache_bytes:
+            self._kept = np.empty(
+                (catalogue.num_items, 3, picture.size, picture.size), np.uint8
+            )  # pages are taken as they are filled
         self._state = np.zeros(catalogue.num_items, np.int8)  # 0 not decoded yet, 1 decoded, 2 unusable
         self.num_unusable = 0
 
@@ -93,7 +94,7 @@ class Pictures:
 
     def _decode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images = self._catalogue.take(rows, ["image"]).column("image").to_pylist()
-        return decode_images(images, self._size, self._resize, *self._limits)
+        return decode_images(images, self._picture, *self._limits)
 
 
 def titles_of(catalogue: Catalogue, rows: np.ndarray) -> list[str]:

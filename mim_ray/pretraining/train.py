@@ -71,10 +71,8 @@ def _worker(config: dict[str, Any]) -> None:
     device = worker_device(scenario.pretraining.use_gpu)
     encoder = ItemEncoder.load(start).to(device)
     catalogue = Catalogue.open(f"{samples}/catalogue")
-    vision = scenario.encoders.vision
-    pictures = Pictures(
-        catalogue, vision.image_size, vision.resize, scenario.data.max_image_bytes, scenario.data.max_image_pixels
-    )
+    limits = scenario.data
+    pictures = Pictures(catalogue, encoder.picture, limits.max_image_bytes, limits.max_image_pixels)
     share = Share(scenario.pretraining.batch_size, scenario.run.seed, rank(), world_size())
     context = Context(
         encoder,

@@ -78,11 +78,16 @@ def user_error(error: BaseException) -> MimRayError | None:
     return None
 
 
+def quiet_data() -> None:
+    """No bars, plans or notes of Ray Data in this process: our own Progress shows rate and remaining time."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
 def _quiet() -> None:
     logging.getLogger("ray").setLevel(logging.WARNING)  # its start, at ERROR, tells what is no news
     for name in ("ray.train", "ray.tune", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns of the line below
-    context = DataContext.get_current()
-    context.enable_progress_bars = False  # our own Progress shows rate and remaining time
-    context.print_on_execution_start = False
+    quiet_data()

@@ -123,11 +123,9 @@ class NewItemEncoder:
         return _Content(item.item_id, title, pixels, category, content_hash(title, item.image or None), content_at)
 
     def _decode(self, image: bytes, place: int) -> np.ndarray:
-        limits, settings = self._limits, self._encoder.settings.vision
+        limits = self._limits
         try:
-            return decode_image(
-                image, settings.image_size, settings.resize, limits.max_image_bytes, limits.max_image_pixels
-            )
+            return decode_image(image, self._encoder.picture, limits.max_image_bytes, limits.max_image_pixels)
         except BadImage as error:
             raise RequestError(
                 f"items[{place}].image: {error.reason} ({error.detail[:200]}). Send a JPEG, PNG or WebP file of at most "

@@ -25,9 +25,10 @@ _KEPT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load` found: step, tensors shared by all workers, this worker's tensors, and its JSON values."""
+    """What `load` found: step, how many workers wrote it, tensors shared by all, this worker's tensors and JSON values."""
 
     step: int
+    num_workers: int
     shared: dict[str, Tensor]
     own: dict[str, Tensor]
     values: dict[str, Any]
@@ -39,7 +40,7 @@ def save(
     """Keep the state before `step`. A collective: every worker calls it with its `own` tensors and JSON `values`."""
     rank, world = _place()
     uri = f"{folder}/step-{step:08d}"
-    artifacts.write_tensors(f"{uri}/rank-{rank}.safetensors", {**own, "random": torch.get_rng_state()})
+    artifacts.write_tensors(f"{uri}/rank-{rank}.safetensors", {**own, **_random_states()})
     if rank == 0:
         artifacts.write_tensors(f"{uri}/shared.safetensors", shared)
     all_values: list[Any] = [json.dumps(dict(values))]
@@ -52,18 +53,31 @@ def save(
 
 
 def load(folder: str) -> Checkpoint | None:
-    """The newest complete checkpoint that this many workers wrote, with torch's random state set back; None without."""
+    """The newest complete checkpoint, None without.
+
+    Written by this many workers, torch's random states are set back. Written by another number, `own` is empty, `values` are
+    those of the first worker, and random states stay as they are.
+    """
     rank, world = _place()
-    for uri in reversed(_complete(folder)):
-        state = artifacts.read_json(f"{uri}/state.json")
-        if len(state["values"]) != world:
-            continue
-        own = artifacts.read_tensors(f"{uri}/rank-{rank}.safetensors")
-        torch.set_rng_state(own.pop("random"))
-        return Checkpoint(
-            state["step"], artifacts.read_tensors(f"{uri}/shared.safetensors"), own, state["values"][rank]
-        )
-    return None
+    complete = _complete(folder)
+    if not complete:
+        return None
+    uri = complete[-1]
+    state = artifacts.read_json(f"{uri}/state.json")
+    step, values, shared = state["step"], state["values"], artifacts.read_tensors(f"{uri}/shared.safetensors")
+    if len(values) != world:
+        return Checkpoint(step, len(values), shared, {}, values[0])
+    own = artifacts.read_tensors(f"{uri}/rank-{rank}.safetensors")
+    torch.set_rng_state(own.pop("random"))
+    on_gpu = own.pop("random_cuda", None)
+    if on_gpu is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(on_gpu)
+    return Checkpoint(step, world, shared, own, values[rank])
+
+
+def _random_states() -> dict[str, Tensor]:
+    states = {"random": torch.get_rng_state()}
+    return states | ({"random_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ def scenario() -> Scenario:
             "encoders": {"width": 8, "fusion_hidden": 16, "vision": vision, "text": text},
             "csft": {
                 "batch_size": 8, "steps": 8, "num_past_batches": 2, "past_warmup_steps": 3, "learning_rate": 3e-3,
-                "tower_learning_rate": 3e-3, "checkpoint_every_steps": 3, "threads_per_worker": 1,
+                "tower_learning_rate": 3e-3, "checkpoint_every_steps": 3, "threads_per_worker": 1, "num_decoders": 0,
             },
         }
     )  # fmt: skip
@@ -92,6 +92,16 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
     ).cast(INTEREST_PAIRS.schema)
     Path(f"{root}/interest_pairs").mkdir()
     pq.write_table(pairs, f"{root}/interest_pairs/part-0.parquet", row_group_size=100)
+    impressions = pa.table(
+        {
+            "user_id": [f"user{n % 30}" for n in range(60)],
+            "item_id": ids,
+            "label": pa.array([int(n % 3 == 0) for n in range(60)], pa.int8()),
+            "drawn": [False] * 60,
+        }
+    )
+    Path(f"{root}/impressions/train").mkdir(parents=True)
+    pq.write_table(impressions, f"{root}/impressions/train/part-0.parquet")
     Path(f"{root}/samples.json").write_text(json.dumps({"validation_start": "2020-01-01T00:00:00+00:00"}))
     return str(root)
 

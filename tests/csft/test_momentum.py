@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from mim_ray.csft.momentum import MomentumEncoder, with_embeddings
 from mim_ray.csft.negatives import Candidates, PastBatches
 from mim_ray.csft.objective import CsftObjective, LocalBatch, spread
+from mim_ray.encoders import ItemEncoder
 
 
 def make_encoder(value: float) -> nn.Module:
@@ -42,6 +43,18 @@ def test_it_comes_back_from_its_state() -> None:
     other = MomentumEncoder(make_encoder(7.0), 0.9)
     other.load_state({key: tensor.clone() for key, tensor in slow.state().items()})
     assert all(torch.equal(a, b) for a, b in zip(slow.state().values(), other.state().values(), strict=True))
+
+
+def test_an_item_encoder_is_copied_whole(encoder_uri: str) -> None:
+    encoder = ItemEncoder.load(encoder_uri)
+    slow = MomentumEncoder(encoder, 0.5)
+    start = slow.encoder.image_projection.weight.clone()
+    assert slow.state().keys() == encoder.state_dict().keys()
+    with torch.no_grad():
+        encoder.image_projection.weight += 1.0
+    slow.update(encoder)
+    torch.testing.assert_close(slow.encoder.image_projection.weight, start + 0.5)
+    assert slow.encoder.text.tokenize(["red shirt"])
 
 
 def test_only_the_embeddings_of_the_past_change() -> None:

@@ -241,7 +241,6 @@ def train(variant: str, rank: int, workers: int, num_pairs: int, total: int) -> 
     encoder = Linear()
     slow = MomentumEncoder(encoder, 0.5) if variant == "momentum" else None
     parameters = [*encoder.parameters(), *objective.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=0.05)
     past, stream = PastBatches(2, torch.float32), Stream(rank, num_pairs, total)
     kept: dict[str, Any] = {"losses": [], "levels": [], "negatives": [], "gradients": []}
     for _ in range(STEPS):
@@ -254,14 +253,18 @@ def train(variant: str, rank: int, workers: int, num_pairs: int, total: int) -> 
             shown=replace(batch.shown, items=encoder.items(shown)),
         )
         result = objective(batch, past)
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         result.loss.backward()
         average_gradients(parameters)
         kept["losses"].append(result.loss.detach())
         kept["levels"].append(result.level_losses)
         kept["negatives"].append(result.num_negatives)
         kept["gradients"].append([p.grad.clone() for p in parameters if p.grad is not None])
-        optimizer.step()
+        with torch.no_grad():  # plain gradient descent: importing an optimizer would take each process three seconds
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter -= 0.05 * parameter.grad
         if slow is not None:
             slow.update(encoder)
         if result.fresh is not None:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mim_ray import artifacts
 from mim_ray.config import Scenario
 from mim_ray.csft import train as csft_train
-from mim_ray.csft.purchases import Purchases
-from mim_ray.csft.train import Trainer
-from mim_ray.data.catalogue import Catalogue
+from mim_ray.csft.trainer import Trainer
+from mim_ray.data.catalogue import Catalogue, write_catalogue
+from mim_ray.data.rejects import read_rejects
 from mim_ray.encoders import ItemEncoder
 from mim_ray.errors import ArtifactError, DataError, NonFiniteLossError
 
 
 def make_trainer(scenario: Scenario, samples: str, encoder: str, output: str) -> Trainer:
-    pairs = f"{samples}/interest_pairs"
-    Purchases.of_pairs(pairs, Catalogue.open(f"{samples}/catalogue")).save(f"{output}/train/purchases")
-    config: dict[str, Any] = {"scenario": scenario.model_dump(mode="json"), "samples": samples, "encoder": encoder}
-    return Trainer({**config, "output": output, "num_pairs": 240})
+    return Trainer(csft_train.prepare(scenario, samples=samples, encoder=encoder, output=output))
 
 
 def with_csft(scenario: Scenario, **values: Any) -> Scenario:
@@ -55,7 +55,7 @@ def test_training_lowers_the_loss_and_finds_more_purchases(
     metrics = make_trainer(longer, samples, encoder_uri, str(tmp_path)).train()
     before, after = (metrics["retrieval"][when]["levels"]["image"]["mrr"] for when in ("before", "after"))
     assert after > before
-    assert set(metrics["past_cosine_by_age"]) == {"1", "2"}
+    assert set(metrics["drift"][-1][1]) == {"1", "2"}
     assert metrics["temperatures"]["mm"] != pytest.approx(0.07)
 
 
@@ -72,35 +72,178 @@ def test_a_non_finite_loss_stops_before_the_optimizer_moves(
     assert torch.equal(trainer.encoder.text_projection.weight, before)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"supervision": "category"},
+        {"supervision": "click-binary"},
+        {"supervision": "purchase-binary"},
+        {"supervision": "click"},
+        {"supervision": "purchase", "log_q": True},
+        {"multi_level": False, "past_momentum": 0.9},
+        {"space_time_negatives": False},
+        {"hard_negatives": False, "chunk_size": 3},
+    ],
+    ids=str,
+)
+def test_every_row_of_tables_4_and_5_trains(
+    scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    trainer = make_trainer(with_csft(scenario, steps=5, **settings), samples, encoder_uri, str(tmp_path))
+    trainer.held_out = None
+    before = [parameter.detach().clone() for parameter in trainer.encoder.head_parameters()]
+    metrics = trainer.train()
+    assert [step for step, *_ in metrics["curve"]] == [0, 1, 2, 3, 4]
+    moved = [not torch.equal(old, new) for old, new in zip(before, trainer.encoder.head_parameters(), strict=True)]
+    assert any(moved)
+    if settings.get("space_time_negatives") is False:
+        assert 0 < metrics["num_negatives"] <= 7  # N - 1 less the masked ones
+    if "past_momentum" in settings:
+        resumed = make_trainer(with_csft(scenario, steps=5, **settings), samples, encoder_uri, str(tmp_path))
+        resumed.resume()
+        assert resumed.step == 3
+        resumed.held_out = None
+        assert resumed.train()["encoder_version"] == metrics["encoder_version"]
+
+
+def test_cached_gradients_train_like_the_whole_batch(
+    scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path
+) -> None:
+    curves = []
+    for number, chunk in enumerate((None, 3)):
+        trainer = make_trainer(with_csft(scenario, chunk_size=chunk), samples, encoder_uri, str(tmp_path / str(number)))
+        trainer.held_out = None
+        for module in trainer.encoder.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # the halves of a batch draw other masks than the whole
+        curves.append([loss for _, loss, *_ in trainer.train()["curve"]])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_a_checkpoint_of_another_number_of_workers_goes_on_and_says_what_differs(
+    scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = make_trainer(scenario, samples, encoder_uri, str(tmp_path))
+    whole.train()
+    state = Path(f"{tmp_path}/train/checkpoints/step-00000006/state.json")
+    values = json.loads(state.read_text())
+    values["values"] = [values["values"][0] | {"chunks_per_epoch": 1}] * 3  # as three workers leave it
+    state.write_text(json.dumps(values))
+    resumed = make_trainer(scenario, samples, encoder_uri, str(tmp_path))
+    resumed.resume()
+    assert resumed.step == 6
+    assert len(resumed.past) == 0
+    epochs = values["values"][0]["position"]["chunk"]
+    assert resumed.position.chunk == epochs * resumed.chunks_per_epoch
+    said = capsys.readouterr().out
+    assert "with 1 workers; the checkpoint is of 3" in said
+    assert "past batches start empty" in said
+    assert len(resumed.train()["curve"]) == 8
+
+
+def test_missing_categories_are_refused_unless_the_scenario_says_so(
+    scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path
+) -> None:
+    items = Catalogue.open(f"{samples}/catalogue").take(np.arange(60)).drop_columns(["category", "categories"])
+    write_catalogue(f"{tmp_path}/catalogue", [items])
+    for name in ("interest_pairs", "samples.json"):
+        (tmp_path / name).symlink_to(f"{samples}/{name}")
+    with pytest.raises(DataError, match=r"has a category.*csft\.hard_negatives=false"):
+        csft_train.run(
+            scenario, samples=str(tmp_path), encoder=encoder_uri, output=f"{tmp_path}/out", rejects=f"{tmp_path}/r"
+        )
+    without = with_csft(scenario, hard_negatives=False, steps=1)
+    assert make_trainer(without, str(tmp_path), encoder_uri, f"{tmp_path}/out").train()["steps"] == 1
+
+
 def test_missing_pairs_and_a_wrong_encoder_are_refused(
     scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path
 ) -> None:
     (tmp_path / "catalogue").symlink_to(f"{samples}/catalogue")
     with pytest.raises(DataError, match="no interest pairs"):
-        csft_train.run(scenario, samples=str(tmp_path), encoder=encoder_uri, output=str(tmp_path / "out"))
+        csft_train.run(
+            scenario,
+            samples=str(tmp_path),
+            encoder=encoder_uri,
+            output=str(tmp_path / "out"),
+            rejects=str(tmp_path / "r"),
+        )
     other = scenario.model_copy(update={"encoders": scenario.encoders.model_copy(update={"width": 16})})
     with pytest.raises(ArtifactError, match="width 16"):
-        csft_train.run(other, samples=samples, encoder=encoder_uri, output=str(tmp_path / "out"))
+        csft_train.run(
+            other, samples=samples, encoder=encoder_uri, output=str(tmp_path / "out"), rejects=str(tmp_path / "r")
+        )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_killed_in_mid_epoch_changes_neither_rows_nor_losses(
+    ray_cluster: None, scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Two workers, data through Ray Data; one kills itself at step 5, after the checkpoint of step 3."""
+    check_killed_run(scenario, samples, encoder_uri, tmp_path, monkeypatch, kills=[(1, 5)])
 
 
 @pytest.mark.ray
 @pytest.mark.chaos
-def test_a_worker_killed_in_mid_run_does_not_change_the_result(
+def test_any_worker_killed_at_any_step_changes_nothing(
     ray_cluster: None, scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Two workers; one kills itself at step 5, after the checkpoint of step 3."""
-    two = with_csft(scenario, num_workers=2, max_failures=2)
-    undisturbed = csft_train.run(two, samples=samples, encoder=encoder_uri, output=str(tmp_path / "a"))
-    mark = tmp_path / "killed"
+    """Every step of a run of 8 is a place to die, once on each worker, before and after the first checkpoint."""
+    kills = [(step % 2, step) for step in range(8)] + [(0, 7)]
+    check_killed_run(scenario, samples, encoder_uri, tmp_path, monkeypatch, kills=kills)
+
+
+def check_killed_run(
+    scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    kills: list[tuple[int, int]],
+) -> None:  # fmt: skip
+    two = with_csft(scenario, num_workers=2, max_failures=len(kills) + 1, num_decoders=1)
+    metrics, rows = {}, {}
+    for name, planned in (("undisturbed", []), ("killed", kills)):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.setattr(csft_train, "train_loop", dying_loop(str(folder), planned))
+        result = csft_train.run(
+            two, samples=samples, encoder=encoder_uri, output=f"{folder}/out", rejects=f"{folder}/rejects"
+        )
+        metrics[name] = result.metrics
+        assert len(list(folder.glob("died-*"))) == len(set(planned))  # the kills really happened
+        rows[name] = {
+            (rank, step): sorted({(folder / f"rows-{rank}-{step}-{n}").read_text() for n in range(len(kills) + 1)
+                                  if (folder / f"rows-{rank}-{step}-{n}").exists()})
+            for rank in range(2) for step in range(8)
+        }  # fmt: skip
+    assert rows["killed"] == rows["undisturbed"]  # a repeated step saw the same rows again
+    assert all(len(seen) == 1 for seen in rows["killed"].values())
+    for (step, loss, *_), (other_step, other_loss, *_) in zip(
+        metrics["undisturbed"]["curve"], metrics["killed"]["curve"], strict=True
+    ):
+        assert step == other_step
+        assert loss == pytest.approx(other_loss, abs=1e-6)
+    version = ItemEncoder.load(f"{tmp_path}/killed/out/encoder").encoder_version
+    assert version == metrics["killed"]["encoder_version"]
+    assert not artifacts.exists(f"{tmp_path}/killed/out/train")
+    assert read_rejects(f"{tmp_path}/killed/rejects").num_rows == 0
+
+
+def dying_loop(folder: str, kills: list[tuple[int, int]]) -> Callable[[dict[str, Any]], None]:
+    """A train_loop that notes the rows of each step and kills its worker with SIGKILL at (rank, step), each once."""
 
     def loop(config: dict[str, Any]) -> None:
-        from mim_ray.csft.train import Trainer
+        from mim_ray.csft.trainer import Trainer
         from mim_ray.training.run import rank, report
 
         class Dying(Trainer):
             def _step(self, batch: Any) -> list[float]:
-                if self.step == 5 and rank() == 1 and not mark.exists():
+                place, step = rank(), self.step
+                attempt = len(list(Path(folder).glob(f"rows-{place}-{step}-*")))
+                rows = [group.rows.tolist() for group in batch.groups]
+                Path(folder, f"rows-{place}-{step}-{attempt}").write_text(json.dumps(rows))
+                mark = Path(folder, f"died-{place}-{step}")
+                if (place, step) in kills and not mark.exists():
                     mark.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super()._step(batch)
@@ -109,15 +252,4 @@ def test_a_worker_killed_in_mid_run_does_not_change_the_result(
         trainer.resume()
         report(trainer.train())
 
-    monkeypatch.setattr(csft_train, "train_loop", loop)
-    disturbed = csft_train.run(two, samples=samples, encoder=encoder_uri, output=str(tmp_path / "b"))
-    assert mark.exists()
-    for (step, loss, *_), (other_step, other_loss, *_) in zip(
-        undisturbed.metrics["curve"], disturbed.metrics["curve"], strict=True
-    ):
-        assert step == other_step
-        assert loss == pytest.approx(other_loss, abs=1e-6)
-    version = ItemEncoder.load(f"{tmp_path}/b/encoder").encoder_version
-    assert version == disturbed.metrics["encoder_version"]
-    assert not artifacts.exists(f"{tmp_path}/b/train")
-    assert dict(disturbed.rows)["steps"] == "8 of 2 x 8 pairs"
+    return loop

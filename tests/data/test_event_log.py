@@ -11,6 +11,7 @@ from mim_ray.config.scenario import Data, Samples
 from mim_ray.data.catalogue import Catalogue, write_index
 from mim_ray.data.event_log import PAIR, POSITIVE, SEARCHED, SHOWN, UNKNOWN_TIME, Items, clean_shard
 from mim_ray.data.ids import IdIndex
+from mim_ray.data.image_files import ImageFiles
 from mim_ray.data.items import choose_items, write_items_part
 from mim_ray.data.pairs import write_search_pairs
 from mim_ray.data.schema import INTERACTIONS
@@ -125,11 +126,12 @@ def test_items_are_cleaned_and_the_first_of_an_id_counts(tmp_path):
             "title": [" A  title ", "", "second", "x", "y", None, "t"],
             "category": ["p|q", None, "z", "z", "z", "|q", "r"],
             "image": [good, good[:40], None, None, None, b"", None],
-            "image_uri": [None, None, None, None, None, None, "http://x/y.jpg"],
+            "image_uri": ["d.png", None, None, None, None, "d.png", "http://x/y.jpg"],
             "created_at": pa.array([5, None, 1, 1, 1, None, None], pa.timestamp("us", "UTC")),
         }
     )
     pq.write_table(table, tmp_path / "items.parquet", row_group_size=3)
+    (tmp_path / "d.png").write_bytes(good)
     parts = shards(str(tmp_path / "items.parquet"), "items", 3)
     keep, ids, created, rejects = choose_items(parts)
     assert keep.tolist() == [True, True, False, False, False, True, True]
@@ -140,7 +142,8 @@ def test_items_are_cleaned_and_the_first_of_an_id_counts(tmp_path):
     for number, part in enumerate(parts):
         chosen = keep[part.first_row : part.first_row + part.num_rows]
         stop = start + int(chosen.sum())
-        result = write_items_part(part, chosen, first_seen[start:stop], Data(), str(tmp_path / "c"), number)
+        files = ImageFiles(str(tmp_path), 10_000)
+        result = write_items_part(part, chosen, first_seen[start:stop], Data(), files, str(tmp_path / "c"), number)
         bad += result[2]["reason"].to_pylist()
         start = stop
     write_index(str(tmp_path / "c"))
@@ -148,10 +151,10 @@ def test_items_are_cleaned_and_the_first_of_an_id_counts(tmp_path):
     assert [row["title"] for row in rows] == ["A title", None, None, "t"]
     assert [row["category"] for row in rows] == ["p", None, None, "r"]
     assert [row["categories"] for row in rows] == ["p|q", None, "|q", "r"]
-    assert [row["image"] for row in rows] == [good, None, None, None]
+    assert [row["image"] for row in rows] == [good, None, good, None]
     assert [row["created_at"] and row["created_at"].microsecond for row in rows] == [5, 8, None, 9]
     assert [row["first_seen_at"] and row["first_seen_at"].microsecond for row in rows] == [7, 8, None, 9]
-    assert bad == ["image corrupt", "image only as image_uri"]
+    assert bad == ["image corrupt", "image_uri outside data.images_root"]
 
 
 def test_a_log_without_optional_columns_is_fine(tmp_path):

@@ -5,9 +5,11 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data import create_transform
 
 from mim_ray.data.transforms import (
     BadImage,
+    PictureFormat,
     check_image,
     clean_title,
     content_hash,
@@ -27,7 +29,7 @@ def encoded(size=(8, 4), mode="RGB", colour=(255, 0, 0), format="PNG"):
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("resize", ["shortest", "longest", "squash"])
 def test_a_red_picture_stays_red(format, resize):
-    pixels = decode_image(encoded((60, 40), format=format), 16, resize)
+    pixels = decode_image(encoded((60, 40), format=format), PictureFormat(16, resize))
     assert pixels.shape == (3, 16, 16)
     assert pixels.dtype == np.uint8
     assert pixels[0, 8, 8] > 240
@@ -35,9 +37,32 @@ def test_a_red_picture_stays_red(format, resize):
     assert (pixels[1, 0, 8] > 240) == (resize == "longest")  # the white bar above
 
 
+@pytest.mark.parametrize("crop_mode", ["center", "border", "squash"])
+@pytest.mark.parametrize(("interpolation", "crop_pct"), [("bicubic", 0.9), ("bilinear", 1.0)])
+@pytest.mark.parametrize("sides", [(50, 37), (37, 50), (20, 20), (9, 61)])
+def test_pictures_are_prepared_as_timm_does(crop_mode, interpolation, crop_pct, sides):
+    picture = np.random.default_rng(0).integers(0, 256, (*sides, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    timms = create_transform(
+        (3, 24, 24), interpolation=interpolation, crop_pct=crop_pct, crop_mode=crop_mode, mean=(0.5, 0.4, 0.3)
+    )
+    timms.transforms.pop()  # the normalisation
+    resize = {"center": "shortest", "border": "longest", "squash": "squash"}[crop_mode]
+    ours = decode_image(stream.getvalue(), PictureFormat(24, resize, interpolation, crop_pct, (128, 102, 76)))
+    expected = (timms(Image.fromarray(picture)) * 255).round().numpy()
+    assert np.abs(ours - expected).max() <= 4  # of 255, on noise: Pillow keeps the cropped box in single precision
+
+
+def test_an_extremely_long_picture_costs_no_more_than_its_middle():
+    data = encoded((1, 30_000))
+    assert decode_image(data, PictureFormat(224, "shortest")).shape == (3, 224, 224)
+    assert decode_image(data, PictureFormat(224, "longest")).shape == (3, 224, 224)
+
+
 def test_transparent_parts_become_white():
-    assert decode_image(encoded(mode="RGBA", colour=(0, 0, 0, 0)), 4).min() == 255
-    assert decode_image(encoded(mode="L", colour=7), 4).max() == 7
+    assert decode_image(encoded(mode="RGBA", colour=(0, 0, 0, 0)), PictureFormat(4)).min() == 255
+    assert decode_image(encoded(mode="L", colour=7), PictureFormat(4)).max() == 7
 
 
 def test_bad_pictures_are_refused_with_a_reason():
@@ -54,7 +79,7 @@ def test_bad_pictures_are_refused_with_a_reason():
     ]
     for arguments, reason in cases:
         with pytest.raises(BadImage) as error:
-            decode_image(size=8, **arguments)
+            decode_image(picture=PictureFormat(8), **arguments)
         assert error.value.reason == reason
         with pytest.raises(BadImage) as error:
             check_image(**arguments)
@@ -62,7 +87,7 @@ def test_bad_pictures_are_refused_with_a_reason():
 
 
 def test_a_batch_marks_what_has_no_picture():
-    pixels, has_image = decode_images([encoded(), None, b"junk"], 4, "squash")
+    pixels, has_image = decode_images([encoded(), None, b"junk"], PictureFormat(4, "squash"))
     assert has_image.tolist() == [True, False, False]
     assert pixels.shape == (3, 3, 4, 4)
     assert not pixels[1:].any()

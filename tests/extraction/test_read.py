@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mim_ray.data.transforms import content_hash, decode_image
+from mim_ray.data.transforms import PictureFormat, content_hash, decode_image
 from mim_ray.errors import TrainingError
 from mim_ray.extraction.embed import Embedder
 from mim_ray.extraction.plan import plan
 from mim_ray.extraction.read import Decoding, read_unit
 
-DECODING = Decoding(8, "squash", 100_000, 10_000, 40)
+DECODING = Decoding(PictureFormat(8, "squash"), 100_000, 10_000, 40, "/nowhere")
 
 
 def prepared(tmp_path: Path, make_items: Callable[..., str], **replaced: Any) -> pa.Table:
@@ -32,7 +32,7 @@ def test_every_row_comes_out_once_with_what_an_encoder_takes(tmp_path: Path, mak
     assert table["drop_reason"].null_count == 30
     row = table.slice(7, 1).to_pylist()[0]
     uri = next(iter(plan(str(tmp_path / "items.parquet"), 16, ["v1"]))).shard.read(["image"])["image"][7].as_py()
-    assert row["pixels"] == decode_image(uri, 8, "squash").tobytes()
+    assert row["pixels"] == decode_image(uri, PictureFormat(8, "squash")).tobytes()
     assert row["content_hash"] == content_hash("title number 7", uri)
 
 
@@ -55,7 +55,7 @@ def test_unusable_content_is_named_and_the_rest_goes_on(tmp_path: Path, make_ite
         4: (None, "no content"),
         5: (None, None),
         6: ("image too large", None),
-        7: ("image only as image_uri", None),
+        7: ("image_uri outside data.images_root", None),
         8: (None, None),
         9: (None, None),
         10: (None, "no item id"),

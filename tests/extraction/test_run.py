@@ -18,6 +18,7 @@ import pytest
 from mim_ray.config import load_scenario
 from mim_ray.config.scenario import Extraction
 from mim_ray.data.rejects import read_rejects
+from mim_ray.data.transforms import PictureFormat
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.encoders.tokenizer import train_tokenizer
 from mim_ray.errors import ArtifactError
@@ -27,7 +28,7 @@ from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 
 SETTINGS = Extraction(shard_rows=50, batch_size=25, commit_every_s=0.1)
-DECODING = Decoding(8, "squash", 100_000, 10_000, 40)
+DECODING = Decoding(PictureFormat(8, "squash"), 100_000, 10_000, 40, "/nowhere")
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -106,6 +107,7 @@ KILLED_JOB = """
 import sys, time
 import numpy as np
 from mim_ray.config.scenario import Extraction, Run
+from mim_ray.data.transforms import PictureFormat
 from mim_ray.extraction.read import Decoding
 from mim_ray.extraction.run import extract
 from mim_ray.representation_center.table import EmbeddingTable
@@ -122,7 +124,7 @@ def load(uri, use_gpu):
 items, folder = sys.argv[1:]
 with cluster(Run(num_cpus=2, object_store_mb=100)):
     extract(items, EmbeddingTable(f"{folder}/table").create(), encoder="stand-in", encoder_version="v1",
-            decoding=Decoding(8, "squash", 100_000, 10_000, 40),
+            decoding=Decoding(PictureFormat(8, "squash"), 100_000, 10_000, 40, "/nowhere"),
             settings=Extraction(shard_rows=50, batch_size=25, commit_every_s=0.1), rejects=f"{folder}/rejects", load=load)
 print("finished")
 """

@@ -4,6 +4,7 @@ import pytest
 
 from mim_ray.data.catalogue import Catalogue, write_catalogue
 from mim_ray.data.pictures import render
+from mim_ray.data.transforms import PictureFormat
 from mim_ray.pretraining.dataset import Pictures, PretrainingData, Share, choose_items, titles_of
 
 from_late = 360
@@ -11,7 +12,7 @@ CUT_US = 1_000_000
 
 
 def pictures_of(catalogue: Catalogue, cache_bytes: int = 2**20) -> Pictures:
-    return Pictures(catalogue, 16, "squash", 10**6, 10**7, cache_bytes)
+    return Pictures(catalogue, PictureFormat(16, "squash"), 10**6, 10**7, cache_bytes)
 
 
 def test_only_items_from_before_the_cut_are_used(catalogue):

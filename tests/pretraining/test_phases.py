@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mim_ray.data.transforms import PictureFormat
 from mim_ray.encoders.item_encoder import ItemEncoder
 from mim_ray.encoders.tokenizer import train_tokenizer
 from mim_ray.errors import NonFiniteLossError
@@ -17,7 +18,9 @@ def context_of(scenario, catalogue, **changes) -> Context:
     settings = scenario.pretraining.model_copy(update=changes)
     items = choose_items(catalogue, CUT_US)
     tokenizer = train_tokenizer(titles_of(catalogue, items.with_title), 100)
-    data = PretrainingData(catalogue, Pictures(catalogue, 16, "squash", 10**6, 10**7), Share(32, 0, 0, 1))
+    data = PretrainingData(
+        catalogue, Pictures(catalogue, PictureFormat(16, "squash"), 10**6, 10**7), Share(32, 0, 0, 1)
+    )
     encoder = ItemEncoder.build(scenario.encoders, tokenizer, 0)
     return Context(encoder, data, items, settings, seed=0, rank=0, device=torch.device("cpu"))
 

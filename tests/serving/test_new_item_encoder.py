@@ -52,7 +52,7 @@ def test_an_image_and_title_become_the_embedding_that_extraction_would_make(clie
     assert rows["item_id"].to_pylist() == ["n1"]
     assert rows["category"].to_pylist() == ["mugs"]
     network = ItemEncoder.load(f"{small_run.root}/csft/encoder")
-    pixels = decode_image(image, network.image_size, network.resize)
+    pixels = decode_image(image, network.picture)
     expected = encode_batch(network, ["red mug"], pixels[None], np.array([True]))
     np.testing.assert_allclose(np.array(rows["embedding"].to_pylist()), expected, atol=1e-6)
 

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from mim_ray.config import Scenario
-from mim_ray.config.scenario import Encoding
+from mim_ray.config.scenario import Data, Encoding
 from mim_ray.data.catalogue import Catalogue
-from mim_ray.data.transforms import BadImage, decode_image
+from mim_ray.data.transforms import BadImage, PictureFormat, decode_image
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.pipeline.layout import Layout
 from mim_ray.representation_center.snapshot import Snapshot
@@ -86,18 +86,17 @@ def _encode(scenario: Scenario, uri: str, titles: list[str | None], images: list
     encoder = ItemEncoder.load(uri)
     parts = []
     for start in range(0, len(images), 256):
-        pixels = np.stack([_pixels(image, scenario) for image in images[start : start + 256]])
+        pixels = np.stack([_pixels(image, encoder.picture, scenario.data) for image in images[start : start + 256]])
         has_image = np.ones(len(pixels), dtype=bool)
         parts.append(encode_batch(encoder, titles[start : start + 256], pixels, has_image))
     return np.concatenate(parts)
 
 
-def _pixels(image: bytes, scenario: Scenario) -> np.ndarray:
-    vision, data = scenario.encoders.vision, scenario.data
+def _pixels(image: bytes, picture: PictureFormat, data: Data) -> np.ndarray:
     try:
-        return decode_image(image, vision.image_size, vision.resize, data.max_image_bytes, data.max_image_pixels)
+        return decode_image(image, picture, data.max_image_bytes, data.max_image_pixels)
     except BadImage:  # the catalogue was verified; a picture that went bad since shows as black
-        return np.zeros((3, vision.image_size, vision.image_size), dtype=np.uint8)
+        return np.zeros((3, picture.size, picture.size), dtype=np.uint8)
 
 
 def _thumbnail(image: bytes, side: int = 72) -> str:
