@@ -7,6 +7,7 @@ in trainer.py.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -81,6 +82,19 @@ def prepare(scenario: Scenario, *, samples: str, encoder: str, output: str) -> d
         "before_us": _validation_start(samples),
         "decoder_cpus": 1.0,
     }
+
+
+def measure_encoder(scenario: Scenario, *, samples: str, encoder: str) -> dict[str, Any]:
+    """Held-out retrieval of any saved encoder, in this process: num_queries, num_items, and recall and MRR by level.
+
+    Raises:
+        DataError: there are no held-out pairs, or as run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        measured = Trainer(prepare(scenario, samples=samples, encoder=encoder, output=folder)).measure()
+    if measured is None:
+        raise DataError(f"No pair of {samples}/interest_pairs is held out. Raise csft.held_out_ratio.")
+    return measured
 
 
 def train_loop(config: dict[str, Any]) -> None:

@@ -84,7 +84,7 @@ class Trainer:
         """All steps that are left; returns the metrics of the run."""
         settings = self.settings
         if self.before is None:
-            self.before = self._measure()
+            self.before = self.measure()
         self.encoder.train()
         _freeze_batch_norm(self.encoder)
         progress = Progress("C-SFT", settings.steps - self.step, "steps") if rank() == 0 else None
@@ -249,7 +249,8 @@ class Trainer:
         pairs = reader.held_out(f"{self.samples}/interest_pairs", self.settings.max_held_out)
         return HeldOut(pairs, self.loader.items(pairs.items)) if pairs is not None else None
 
-    def _measure(self) -> dict[str, Any] | None:
+    def measure(self) -> dict[str, Any] | None:
+        """Held-out retrieval of the encoder as it is now; None without held-out pairs. A collective."""
         if self.held_out is None:
             return None
         settings = self.settings
@@ -287,7 +288,7 @@ class Trainer:
             "num_other_category": int(total(torch.tensor(self.num_other_category, device=self.device))),
             "spread": round(self.spread, 5),
             "collapsed": list(guessing) if self.settings.supervision in ("any", "click", "purchase") else [],
-            "retrieval": {"before": self.before, "after": self._measure()},
+            "retrieval": {"before": self.before, "after": self.measure()},
             "drift": self.drift,
         }
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +115,7 @@ class ItemEncoder(nn.Module):
         architecture = {
             "settings": self.settings.model_dump(mode="json"),
             "picture": asdict(self.picture),
-            "text_config": _json_config(self.text.net.config),
+            "text_config": self.text.described(),
         }
         digest = hashlib.sha256(weights + tokenizer + json.dumps(architecture, sort_keys=True).encode()).hexdigest()
         self.encoder_version = f"{stage}-{digest[:12]}"
@@ -202,14 +201,6 @@ def encode_batch(
     encoder.train(training)
     vectors[~(has_image | has_text)] = 0.0
     return vectors
-
-
-def _json_config(config: Any) -> dict[str, Any]:
-    """A transformers configuration as JSON values, without where it came from."""
-    values: Mapping[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    return {
-        key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version", "dtype")
-    }
 
 
 def _refuse_other(uri: str, own: Encoders, wanted: Encoders) -> None:

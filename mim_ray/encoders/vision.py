@@ -1,33 +1,36 @@
-"""F_V, the image tower: any timm model by name (paper: EVA-02).
+"""F_V, the image tower: any timm model by name (paper: EVA-02), any open_clip model as `open_clip:NAME`.
 
-Pooling, normalisation and weight layout are the model's own definition. Weights come from a local folder of safetensors
-or from the hub (safetensors only), else they are random. Nothing here unpickles.
+Figure 5's are resnet50, swin_*, convnext_*, convnextv2_* (convnextv2_large), eva02_* and beit3_* (BEiT-3's image tower).
+Pooling, preparation of pictures and weight layout are the model's own definition. Weights come from a local folder of
+safetensors or from the hub (safetensors only), else they are random. Nothing here unpickles.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import open_clip
 import timm
 import torch
 from safetensors import safe_open
 from timm.data import resolve_data_config
 from timm.models import load_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from mim_ray.config.scenario import Vision
 from mim_ray.data.transforms import Interpolation, PictureFormat, Resize
+from mim_ray.encoders.clip import PREFIX, clip_folder, clip_vision, describe_vision, is_clip
+from mim_ray.encoders.tower import Tower
+from mim_ray.encoders.weights import nearest, read_config, safetensors_file, weights_folder
 from mim_ray.errors import ArtifactError, ConfigError
 
 _PICTURE_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
-class VisionTower(nn.Module):
+class VisionTower(Tower):
     """F_V: pixels to one vector per image.
 
     Attributes:
@@ -58,7 +61,8 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) -> (B, width), pooled as the model defines it."""
-        return self.net(self.normalise(pixels))
+        with self.autocast(pixels.device):
+            return self.net(self.normalise(pixels)).float()
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) -> float (B, 3, S, S) by the model's own mean and standard deviation."""
@@ -66,7 +70,8 @@ class VisionTower(nn.Module):
 
     def feature_map(self, normalised: Tensor) -> Tensor:
         """Float (B, 3, S, S), normalised -> (B, C, h, w) before pooling: tokens on their grid, or the last map."""
-        features = self.net.forward_features(normalised)
+        with self.autocast(normalised.device):
+            features = self.net.forward_features(normalised).float()
         if features.ndim == 3:  # (B, prefix + h * w, C), a transformer's tokens
             patches = features[:, int(getattr(self.net, "num_prefix_tokens", 0)) :]
             side = round(patches.shape[1] ** 0.5)
@@ -85,7 +90,11 @@ def build_vision(settings: Vision) -> VisionTower:
     """
     if settings.weights is None:
         return build_untrained(settings)
-    folder = _hub_folder(settings.model) if settings.weights == "hub" else Path(settings.weights)
+    if is_clip(settings.model):
+        return _clip_tower(settings, None, clip_folder(settings.model, settings.weights, "encoders.vision.weights"))
+    definition: Any = timm.get_pretrained_cfg(settings.model) if timm.is_model(settings.model) else None
+    name = None if definition is None else definition.hf_hub_id
+    folder = weights_folder(settings.weights, name, ("model.safetensors", "config.json"), "encoders.vision.weights")
     file = safetensors_file(folder)
     tower = build_untrained(settings, _own_config(folder))
     _load(tower, file, settings.model)
@@ -98,16 +107,18 @@ def build_untrained(
     """A tower with random weights.
 
     Args:
-        overlay: replaces entries of timm's description of the model (mean, std, interpolation, crop).
+        overlay: replaces entries of timm's description of a timm model (mean, std, interpolation, crop).
         picture: what pictures it takes, where that was settled before; else by the settings and the description.
 
     Raises:
-        ConfigError: timm has no such model, or not with these arguments.
+        ConfigError: there is no such model, or not with these arguments.
     """
     model = settings.model
+    if is_clip(model):
+        return _clip_tower(settings, picture, None)
     if not timm.is_model(model):
-        near = difflib.get_close_matches(model.partition(".")[0], timm.list_models(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() names them all."
+        known = [*timm.list_models(), *(f"{PREFIX}{name}" for name in open_clip.list_models())]
+        hint = nearest(model.partition(".")[0], known, "timm.list_models() names them all.")
         raise ConfigError(f"encoders.vision.model = {model!r} is no timm model; {hint}")
     arguments: dict[str, Any] = dict(settings.model_args)
     definition: Any = timm.get_pretrained_cfg(model)
@@ -119,10 +130,25 @@ def build_untrained(
         net = timm.create_model(model, num_classes=0, pretrained_cfg_overlay=dict(overlay or {}), **arguments)
         return VisionTower(net, picture)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # whatever timm's constructors raise
-        raise ConfigError(
-            f"encoders.vision: {model} cannot be built with image_size {picture.size} and model_args {settings.model_args}"
-            f" ({error}). Correct them, or leave model_args out."
-        ) from None
+        raise _cannot_be_built(settings, picture, error) from None
+
+
+def _clip_tower(settings: Vision, picture: PictureFormat | None, folder: Path | None) -> VisionTower:
+    described = describe_vision(settings.model, folder)
+    picture = picture or _picture(settings, described)
+    try:
+        return VisionTower(clip_vision(settings.model, picture.size, settings.model_args, described, folder), picture)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # whatever open_clip's constructors raise
+        if isinstance(error, ConfigError | ArtifactError):
+            raise
+        raise _cannot_be_built(settings, picture, error) from None
+
+
+def _cannot_be_built(settings: Vision, picture: PictureFormat, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"encoders.vision: {settings.model} cannot be built with image_size {picture.size} and model_args"
+        f" {settings.model_args} ({error}). Correct them, or leave model_args out."
+    )
 
 
 def _picture(settings: Vision, own: Mapping[str, Any]) -> PictureFormat:
@@ -133,26 +159,8 @@ def _picture(settings: Vision, own: Mapping[str, Any]) -> PictureFormat:
         return PictureFormat(size, settings.resize, interpolation)
     resizes: dict[str, Resize] = {"squash": "squash", "border": "longest"}
     resize = resizes.get(own["crop_mode"], "shortest")
-    red, green, blue = (round(255 * value) for value in own["mean"])
+    red, green, blue = own.get("fill") or (round(255 * value) for value in own["mean"])
     return PictureFormat(size, resize, interpolation, own["crop_pct"], (red, green, blue))
-
-
-def safetensors_file(folder: Path) -> Path:
-    """The one safetensors file of a folder of weights.
-
-    Raises:
-        ArtifactError: there is none (pickled weights are never loaded), or it is not clear which.
-    """
-    if (folder / "model.safetensors").is_file():
-        return folder / "model.safetensors"
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return files[0]
-    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-    raise ArtifactError(
-        f"{folder} has no model.safetensors (found: {found or 'nothing'}). Give a local folder that holds the weights"
-        " as safetensors; pickled .bin or .pth files are never loaded."
-    )
 
 
 def _load(tower: VisionTower, file: Path, model: str) -> None:
@@ -163,34 +171,23 @@ def _load(tower: VisionTower, file: Path, model: str) -> None:
             pass
         result = load_checkpoint(net, str(file), strict=False, filter_fn=clean)
     except Exception as error:  # noqa: BLE001  safetensors and torch raise many kinds for a file that does not fit
-        raise ArtifactError(f"{file} does not fit {model} ({str(error)[:300]}). Give the weights of {model}.") from None
+        raise ArtifactError(
+            f"{file}{_whose(file)} does not fit {model} ({str(error)[:300]}). Give the weights of {model}."
+        ) from None
     if result.missing_keys:
         raise ArtifactError(
-            f"{file} lacks {len(result.missing_keys)} weights of {model}, first {result.missing_keys[0]}: they belong"
-            f" to another architecture. Give the weights of {model}, or name their model in encoders.vision.model."
+            f"{file}{_whose(file)} lacks {len(result.missing_keys)} weights of {model}, first {result.missing_keys[0]}:"
+            f" they belong to another architecture. Give the weights of {model}, or name their model in"
+            " encoders.vision.model."
         )
+
+
+def _whose(file: Path) -> str:
+    name = read_config(file.parent / "config.json").get("architecture")
+    return f", of {name}," if name else ""
 
 
 def _own_config(folder: Path) -> dict[str, Any]:
     """What timm's config.json beside the weights says of the pictures."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return {}
-    values = json.loads(file.read_text()).get("pretrained_cfg", {})
+    values = read_config(folder / "config.json").get("pretrained_cfg", {})
     return {key: values[key] for key in _PICTURE_KEYS if key in values}
-
-
-def _hub_folder(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    definition: Any = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
-    name = definition.hf_hub_id if definition is not None else None
-    if name is None:
-        raise ConfigError(f"timm names no hub weights for encoders.vision.model = {model!r}. Give a local folder.")
-    try:
-        return Path(snapshot_download(name, allow_patterns=["model.safetensors", "config.json"]))
-    except Exception as error:  # noqa: BLE001  network, permission, missing files: one sentence for all
-        raise ArtifactError(
-            f"the weights of {name} cannot be had from the hub ({str(error)[:200]}). Check the network, or copy the"
-            " folder here and set encoders.vision.weights to it."
-        ) from None

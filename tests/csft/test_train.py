@@ -200,7 +200,7 @@ def check_killed_run(
     scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     kills: list[tuple[int, int]],
 ) -> None:  # fmt: skip
-    two = with_csft(scenario, num_workers=2, max_failures=len(kills) + 1, num_decoders=1)
+    two = with_csft(scenario, num_workers=2, max_failures=len(kills) + 1, num_decoders=1, held_out_ratio=0.0)
     metrics, rows = {}, {}
     for name, planned in (("undisturbed", []), ("killed", kills)):
         folder = tmp_path / name
