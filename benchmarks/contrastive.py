@@ -70,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="threads in all; gloo workers share them (2)")
     parser.add_argument("--seeds", type=int, default=3, help="of each training run, in full mode (3)")
     parser.add_argument(
-        "--work", type=Path, default=Plan.work, metavar="DIR", help="training runs; kept and reused, so remove it after a change of code"
+        "--work",
+        type=Path,
+        default=Plan.work,
+        metavar="DIR",
+        help="training runs; kept and reused, so remove it after a change of code",
     )
     args = parser.parse_args(argv)
     if args.threads < 1 or args.seeds < 2:
