@@ -128,15 +128,15 @@ def pretrain(
 
 
 def _phase(name: PhaseName, context: Context) -> MaskedImages | Titles | Alignment | None:
-    """The phase, or None where there is nothing to do: no steps, no items, or no [MASK] token to hide words behind."""
+    """The phase, or None where there is nothing to do: no steps, no items, a frozen tower, no [MASK] to hide words behind."""
     settings, items, text = context.settings, context.items, context.encoder.text
     if not len(items.trained(name)):
         return None
     if name == "image":
-        return MaskedImages(context) if settings.vision_dda_steps else None
+        return MaskedImages(context) if settings.vision_dda_steps and not context.encoder.vision.frozen else None
     if name == "text":
         possible = text.causal or text.special.mask is not None
-        return Titles(context) if settings.text_dda_steps and possible else None
+        return Titles(context) if settings.text_dda_steps and possible and not text.frozen else None
     return Alignment(context) if settings.dma_steps else None
 
 
