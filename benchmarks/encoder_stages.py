@@ -104,8 +104,8 @@ def _run(scenario: Scenario, stage: str, backbone: str, work: Path) -> dict[str,
         "recall@10": retrieval["levels"]["mm"]["recall@10"],
         "by_level": {level: row["recall@10"] for level, row in retrieval["levels"].items()},
         "num_items": retrieval["num_items"],
-        "auc": models[f"{backbone}-mim"]["auc"],
-        "base_auc": models[f"{backbone}-base"]["auc"],
+        "auc": models[f"{backbone}-mim"]["auc"]["value"],
+        "base_auc": models[f"{backbone}-base"]["auc"]["value"],
         "validation_auc": manifests[f"ctr/{backbone}-mim"].metrics.get("validation_auc"),
     }
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -199,7 +199,25 @@ class Workers(Section):
     """A single CPU worker runs inside the job's own process: no start-up time (about 10 s), but a crash ends the job."""
 
 
-class Pretraining(Workers):
+class Tuning(Section):
+    """How a stage trains F_V and F_L; the saved architecture stays the same."""
+
+    vision_tuning: Literal["full", "lora", "frozen"] = "full"
+    """Train all of F_V, low-rank updates beside its layers (LoRA, peft), or nothing of it."""
+    text_tuning: Literal["full", "lora", "frozen"] = "full"
+    """The same for F_L."""
+    lora_rank: Positive = 16
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Each layer of a tower takes this part of the learning rate of the layer above it. 1.0: all the same rate."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass: less memory, about a third more time."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the towers' matrix products; weights, embeddings and losses stay float32."""
+    compile: bool = False
+    """torch.compile the towers: faster steps on a GPU after a slow start."""
+
+
+class Pretraining(Workers, Tuning):
     """Section 3.2: DDA for both towers, then DMA."""
 
     num_decoders: Count = 2
@@ -229,7 +247,7 @@ class Pretraining(Workers):
     """Steps between the checkpoints inside a phase from which crashed workers go on."""
 
 
-class Csft(Workers):
+class Csft(Workers, Tuning):
     """Section 3.3: C-SFT with space-time negatives."""
 
     num_decoders: Count = 2
@@ -314,6 +332,10 @@ class Extraction(Section):
     commit_every_s: PositiveFloat = 5.0
     """Finished shards become visible at least this often."""
     snapshot_dtype: Literal["float32", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the towers' matrix products."""
+    compile: bool = False
+    """torch.compile the towers: faster batches on a GPU after a slow start."""
 
 
 class Ciubm(Workers):

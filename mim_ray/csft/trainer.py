@@ -29,6 +29,7 @@ from mim_ray.csft.supervision import Objective, make_objective
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.data.feeding import ordered_chunks
 from mim_ray.encoders import ItemEncoder
+from mim_ray.encoders.tuning import depth_groups, merge, prepare
 from mim_ray.runtime.progress import Progress
 from mim_ray.training import checkpoint
 from mim_ray.training.optim import average_gradients, check_finite, parameter_groups, warmup_cosine
@@ -50,6 +51,7 @@ class Trainer:
         torch.manual_seed(self.scenario.run.seed * 1_000 + rank())
         self.device = worker_device(self.settings.use_gpu)
         self.encoder = ItemEncoder.load(config["encoder"], self.scenario.encoders).to(self.device)
+        prepare(self.encoder, self.settings, self.scenario.run.seed)
         self.catalogue = Catalogue.open(f"{self.samples}/catalogue")
         self.loader = ItemLoader(self.catalogue, self.encoder.picture, self.scenario.data)
         self.objective = self._objective().to(self.device)
@@ -108,6 +110,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         self.num_other_category += batches.num_other_category
         self.encoder.eval()
+        merge(self.encoder)
         artifacts.write_json(f"{self.output}/train/rejects/rank-{rank()}.json", self.rejects)
         metrics = self._metrics(seconds, waited)
         if rank() == 0:
@@ -318,7 +321,12 @@ class Trainer:
 
 def _groups(encoder: ItemEncoder, objective: nn.Module, settings: Csft) -> list[dict[str, Any]]:
     return [
-        *parameter_groups(encoder.tower_parameters(), settings.tower_learning_rate, settings.weight_decay),
+        *depth_groups(
+            nn.ModuleList([encoder.vision, encoder.text]),
+            settings.tower_learning_rate,
+            settings.weight_decay,
+            settings.layer_decay,
+        ),
         *parameter_groups(encoder.head_parameters(), settings.learning_rate, settings.weight_decay),
         *parameter_groups(objective, settings.learning_rate, 0.0),
     ]

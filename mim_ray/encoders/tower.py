@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +14,13 @@ class Tower(nn.Module):
 
     Attributes:
         frozen: stays in evaluation mode (dropout off, BatchNorm statistics kept) even while the encoder trains.
+        set_aside: parameters that train no more until `tuning.merge`.
         precision: of the matrix products inside; weights and outputs are float32.
     """
 
+    net: Any
     frozen = False
+    set_aside: tuple[nn.Parameter, ...] = ()
     precision = torch.float32
 
     def train(self, mode: bool = True) -> Tower:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -17,14 +17,18 @@ Encode: TypeAlias = Callable[[Sequence[str | None], np.ndarray, np.ndarray], np.
 DROPPED = ["title", "pixels"]  # columns that end here
 
 
-def load_encoder(uri: str, use_gpu: bool) -> Encode:
-    """The item encoder saved at `uri`, on the GPU if one is asked for and there is one."""
+def load_encoder(
+    uri: str, use_gpu: bool, precision: Literal["float32", "bfloat16"] = "float32", compile: bool = False
+) -> Encode:
+    """The item encoder saved at `uri`, on the GPU if one is asked for and there is one; see tuning.set_speed."""
     # Here and not above: of all the job's processes only the actors need the model libraries, which load for seconds.
     import torch
 
     from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
+    from mim_ray.encoders.tuning import set_speed
 
     encoder = ItemEncoder.load(uri)
+    set_speed(encoder, precision, compile)
     if use_gpu and torch.cuda.is_available():
         encoder = encoder.cuda()
     return partial(encode_batch, encoder)

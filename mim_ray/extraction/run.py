@@ -77,6 +77,7 @@ def run(
         decoding=decoding,
         settings=scenario.extraction,
         rejects=f"{center}/rejects/{version}",
+        load=partial(load_encoder, precision=scenario.extraction.precision, compile=scenario.extraction.compile),
     )
     counts = write_rejects(rejects, STAGE, done.rejects)
     uri = f"{center}/snapshots/{version}"
