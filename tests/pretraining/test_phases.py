@@ -141,10 +141,14 @@ def test_with_another_number_of_workers_an_interrupted_phase_starts_again(scenar
     assert metrics["losses"] == expected["losses"]
 
 
-def test_a_frozen_tower_has_no_dda(scenario, catalogue):
-    context = context_of(scenario, catalogue, vision_dda_steps=1, text_dda_steps=1, dma_steps=0)
-    context.encoder.vision.frozen = True
-    assert list(pretrain(context)) == ["text"]
+def test_a_frozen_tower_has_no_dda_and_stays_as_it_is(scenario, catalogue):
+    steps = {"vision_dda_steps": 1, "text_dda_steps": 1, "dma_steps": 1}
+    context = context_of(scenario, catalogue, vision_tuning="frozen", **steps)
+    before = {key: value.clone() for key, value in context.encoder.state_dict().items()}
+    assert list(pretrain(context)) == ["text", "alignment"]
+    after = context.encoder.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before if key.startswith("vision."))
+    assert set(after) == set(before)
 
 
 def test_phases_without_steps_or_items_are_left_out(scenario, catalogue):
