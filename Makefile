@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check format chaos wheel lock clean
+.PHONY: help setup demo bench test check format chaos wheel lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: $(STAMP)  ## run every stage on a synthetic shop; writes runs/demo/report.html
 	$(BIN)/python jobs/demo.py
+
+bench: $(STAMP)  ## measure the contrastive loss in a minute; writes runs/contrastive.json
+	$(BIN)/python benchmarks/contrastive.py --quick --json runs/contrastive.json
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -m "not chaos"

@@ -14,8 +14,15 @@ Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
-Encoding = Literal["untrained", "pretraining", "csft"]
-"""The stage whose encoder is meant: Table 3's rows."""
+Encoding = Literal["untrained", "dda", "pretraining", "csft"]
+"""The encoder that is meant: Table 3's rows (as it started, + DDA, + DDA + DMA, + C-SFT)."""
+ENCODER_FOLDERS: dict[Encoding, str] = {
+    "untrained": "pretraining/untrained",
+    "dda": "pretraining/dda",
+    "pretraining": "pretraining/encoder",
+    "csft": "csft/encoder",
+}
+"""Where each of them is, below the run's root."""
 Variant = Literal[
     "sim-base",
     "sim-mim",
@@ -213,15 +220,22 @@ class Tuning(Section):
 class Pretraining(Workers, Tuning):
     """Section 3.2: DDA for both towers, then DMA."""
 
+    num_decoders: Count = 2
+    """Ray Data tasks at once that read and decode pictures for each worker, on CPUs. 0: in a thread of the worker."""
     batch_size: Positive = 256
     """Per worker."""
     vision_dda_steps: Count = 2_000
     """Masked image modelling."""
     text_dda_steps: Count = 2_000
-    """Masked language modelling."""
+    """Masked language modelling; next-token prediction for GPT-like towers."""
     dma_steps: Count = 5_000
     """Symmetric image-text contrastive training."""
-    learning_rate: PositiveFloat = 5e-4
+    vision_dda_learning_rate: PositiveFloat = 2e-4
+    text_dda_learning_rate: PositiveFloat = 1e-4
+    dma_learning_rate: PositiveFloat = 1e-3
+    """DMA: of the projections, which start at random, and the temperature."""
+    dma_tower_learning_rate: PositiveFloat = 1e-4
+    """DMA: of F_V and F_L."""
     warmup_ratio: Ratio = 0.1
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     image_mask_ratio: Ratio = 0.6
@@ -229,6 +243,8 @@ class Pretraining(Workers, Tuning):
     text_mask_ratio: Ratio = 0.15
     temperature: PositiveFloat = 0.07
     """Start of DMA's learned temperature; 1/temperature is clamped at 100."""
+    checkpoint_every_steps: Positive = 500
+    """Steps between the checkpoints inside a phase from which crashed workers go on."""
 
 
 class Csft(Workers, Tuning):
@@ -287,6 +303,17 @@ class Csft(Workers, Tuning):
     """Items among which retrieval looks for the purchased one; a larger catalogue is sampled. Default: all items."""
     checkpoint_every_steps: Positive = 500
     """Steps between the checkpoints from which crashed workers go on."""
+
+    @property
+    def pair_signal(self) -> Literal["purchase", "click", "any"]:
+        """The signal of the pairs to train on. Table 4's v1 looks at items only, so it takes all pairs there are."""
+        if self.supervision in ("category", "any"):
+            return "any"
+        return "click" if self.supervision.startswith("click") else "purchase"
+
+    @property
+    def draws_hard_negatives(self) -> bool:
+        return self.hard_negatives and self.space_time_negatives
 
 
 class Extraction(Section):

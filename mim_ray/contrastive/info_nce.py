@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import normalize
 
-from mim_ray.contrastive.gather import gather_with_grad, place
+from mim_ray.contrastive.symmetric import symmetric_info_nce as symmetric_info_nce
+from mim_ray.contrastive.unit import inverse_lengths, pass_normalize_
 
 MAX_LOGIT_SCALE = 100.0
 _TILE_NUMBERS = {"cpu": 2**19, "cuda": 2**24}  # of one tile of logits: 2 MB stay in a cache, 64 MB fill a GPU
@@ -82,39 +82,18 @@ def info_nce_rows(
     tile: int | None = None,
 ) -> Tensor:
     """`info_nce` before the mean: (B,) losses."""
-    queries = normalize(queries.float(), dim=-1)
-    candidates = normalize(candidates.float(), dim=-1)
-    scale = logit_scale.float()
+    queries, candidates, scale = queries.float(), candidates.float(), logit_scale.float()
     if past is None:
         past = candidates.new_empty((0, candidates.shape[1]))
     numbers = _TILE_NUMBERS.get(queries.device.type, _TILE_NUMBERS["cpu"])
     tile = tile or max(256, numbers // max(1, len(queries)))
     hidden = _Hidden.of(mask, valid, positive_index, len(candidates), len(past), tile)
-    positive = scale * (queries * candidates[positive_index]).sum(-1)
     if bias is not None:
         assert bias.shape == (len(candidates) + len(past),)
         bias = bias.detach().float()
         bias = bias - (bias.max() + bias.min()) / 2  # a constant changes no softmax; so the numbers stay small
-        positive = positive + bias[positive_index]
-    lse: Tensor = _LogSumExp.apply(queries, candidates, scale, past, hidden, bias, tile)
-    return lse - positive
-
-
-def symmetric_info_nce(
-    image: Tensor, text: Tensor, logit_scale: Tensor, *, mask: Tensor | None = None, tile: int | None = None
-) -> Tensor:
-    """CLIP's loss over all workers (DMA): each image against all titles and each title against all images, in the mean.
-
-    Args:
-        image, text: (B, D) of this worker; row i of one belongs to row i of the other. Every worker brings the same B.
-        mask: as in `info_nce` over the P·B gathered rows, used in both directions (row i stands for image i and title i).
-    """
-    rank, _ = place()
-    positive = torch.arange(len(image), device=image.device) + rank * len(image)
-    gathered = gather_with_grad(torch.stack([normalize(image.float(), dim=-1), normalize(text.float(), dim=-1)], dim=1))
-    to_text = info_nce(image, gathered[:, 1], positive, logit_scale=logit_scale, mask=mask, tile=tile)
-    to_image = info_nce(text, gathered[:, 0], positive, logit_scale=logit_scale, mask=mask, tile=tile)
-    return (to_text + to_image) / 2
+    rows: Tensor = _Rows.apply(queries, candidates, scale, past, positive_index, hidden, bias, tile)
+    return rows
 
 
 def same_key_pairs(query_keys: Tensor, candidate_keys: Tensor) -> Tensor:
@@ -177,8 +156,12 @@ class _Hidden:
             logits[:, self.dead[first:last] - start] = -torch.inf
 
 
-class _LogSumExp(torch.autograd.Function):
-    """(B,) log Σ_j exp(scale · q·c_j + bias_j) over fresh and past candidates."""
+class _Rows(torch.autograd.Function):
+    """(B,) log Σ_j exp(scale · q·c_j + bias_j) over fresh and past candidates, less the positive's own logit.
+
+    Queries and fresh candidates come in any length. Their unit vectors are made per tile: a copy of the fresh ones, its
+    gradient and that of the positives' rows would each be as large as the candidates.
+    """
 
     @staticmethod
     def forward(
@@ -187,21 +170,21 @@ class _LogSumExp(torch.autograd.Function):
         fresh: Tensor,
         scale: Tensor,
         past: Tensor,
+        positive: Tensor,
         hidden: _Hidden | None,
         bias: Tensor | None,
         tile: int,
     ) -> Tensor:
-        scaled = queries * scale
+        query_inverse, inverse = inverse_lengths(queries), inverse_lengths(fresh)
+        scaled = queries * (query_inverse * scale)
         bounded = float(scale if bias is None else scale + bias.abs().max()) <= _SAFE_LOGIT
         num_rows, width = queries.shape
         top = queries.new_zeros((num_rows, 1)) if bounded else queries.new_full((num_rows, 1), -torch.inf)
         total = queries.new_zeros(num_rows)
         mean = queries.new_zeros((num_rows, width))
-        buffer = queries.new_empty(
-            num_rows * min(tile, max(len(fresh), len(past)))
-        )  # of all tiles, one after the other
-        for start, block in _tiles(fresh, past, tile):
-            block = block.to(queries.dtype)  # (t, D)
+        buffer = queries.new_empty(num_rows * min(tile, max(len(fresh), len(past))))
+        for start, stop in _tiles(len(fresh), len(past), tile):
+            block = _block(fresh, inverse, past, start, stop)  # (t, D)
             logits = buffer[: num_rows * len(block)].view(num_rows, len(block))
             _logits(scaled, block, bias, start, out=logits)
             if hidden is not None:
@@ -219,33 +202,50 @@ class _LogSumExp(torch.autograd.Function):
         total.clamp_min_(torch.finfo(total.dtype).tiny)  # a query whose candidates are all hidden: no weight, no NaN
         mean.div_(total.unsqueeze(1))
         lse = total.log_().add_(top.squeeze(1))
-        ctx.save_for_backward(queries, fresh, scale, mean, lse)
+        ctx.save_for_backward(queries, fresh, scale, positive, mean, lse, query_inverse, inverse)
         ctx.hidden, ctx.bias, ctx.tile, ctx.bounded = hidden, bias, tile, bounded
-        return lse
+        own = (scaled * fresh[positive] * inverse[positive]).sum(1)
+        return lse - (own if bias is None else own + bias[positive])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        queries, fresh, scale, mean, lse = ctx.saved_tensors
-        grad_queries = mean * (grad * scale).unsqueeze(1) if ctx.needs_input_grad[0] else None
-        grad_scale = (grad * (queries * mean).sum(1)).sum() if ctx.needs_input_grad[2] else None
-        grad_fresh = None
+        queries, fresh, scale, positive, mean, _, query_inverse, inverse = ctx.saved_tensors
+        units = queries * query_inverse
+        pull = mean - fresh[positive] * inverse[positive]  # (B, D): from the positive to the mean candidate
+        grad_scale = (grad * (units * pull).sum(1)).sum() if ctx.needs_input_grad[2] else None
+        grad_queries = grad_fresh = None
+        if ctx.needs_input_grad[0]:
+            grad_queries = pass_normalize_(pull.mul_((grad * scale).unsqueeze(1)), units, query_inverse)
+        del pull
         if ctx.needs_input_grad[1]:
-            grad_fresh = torch.empty_like(fresh)
-            scaled = queries * scale
-            # p_ij·g_i·s·q_i; while exp(logits) is in range, exp(−lse_i) joins the narrow side of the product
-            factor = grad * scale * torch.exp(-lse) if ctx.bounded else grad * scale
-            weighted = queries * factor.unsqueeze(1)  # (B, D)
-            buffer = queries.new_empty(len(queries) * min(ctx.tile, len(fresh)))
-            for start, block in _tiles(fresh, fresh[:0], ctx.tile):
-                logits = buffer[: len(queries) * len(block)].view(len(queries), len(block))
-                _logits(scaled, block, ctx.bias, start, out=logits)
-                if ctx.hidden is not None:
-                    ctx.hidden.clear(logits, start)
-                if not ctx.bounded:
-                    logits.sub_(lse.unsqueeze(1))
-                torch.mm(logits.exp_().T, weighted, out=grad_fresh[start : start + len(block)])
-        return grad_queries, grad_fresh, grad_scale, None, None, None, None
+            grad_fresh = _grad_fresh(ctx, units, grad)
+        return grad_queries, grad_fresh, grad_scale, None, None, None, None, None
+
+
+def _grad_fresh(ctx: Any, units: Tensor, grad: Tensor) -> Tensor:
+    """(M, D): s·Σ_i g_i (p_ij − [j is i's positive]) q_i, through the normalisation of the candidates."""
+    _, fresh, scale, positive, _, lse, _, inverse = ctx.saved_tensors
+    grad_fresh = torch.empty_like(fresh, memory_format=torch.contiguous_format)
+    num_rows = len(units)
+    scaled = units * scale
+    # p_ij·g_i·s·q_i; while exp(logits) is in range, exp(−lse_i) joins the narrow side of the product
+    factor = grad * torch.exp(-lse) if ctx.bounded else grad
+    weighted = scaled * factor.unsqueeze(1)  # (B, D)
+    buffer = units.new_empty(num_rows * min(ctx.tile, len(fresh)))
+    for start, stop in _tiles(len(fresh), 0, ctx.tile):
+        block = fresh[start:stop] * inverse[start:stop]
+        logits = buffer[: num_rows * len(block)].view(num_rows, len(block))
+        _logits(scaled, block, ctx.bias, start, out=logits)
+        if ctx.hidden is not None:
+            ctx.hidden.clear(logits, start)
+        if not ctx.bounded:
+            logits.sub_(lse.unsqueeze(1))
+        torch.mm(logits.exp_().T, weighted, out=grad_fresh[start:stop])
+    grad_fresh.index_add_(0, positive, scaled.mul_(grad.unsqueeze(1)), alpha=-1.0)
+    for start, stop in _tiles(len(fresh), 0, ctx.tile):
+        pass_normalize_(grad_fresh[start:stop], fresh[start:stop] * inverse[start:stop], inverse[start:stop])
+    return grad_fresh
 
 
 def _logits(scaled: Tensor, block: Tensor, bias: Tensor | None, start: int, *, out: Tensor) -> None:
@@ -256,7 +256,15 @@ def _logits(scaled: Tensor, block: Tensor, bias: Tensor | None, start: int, *, o
         torch.addmm(bias[start : start + len(block)], scaled, block.T, out=out)
 
 
-def _tiles(fresh: Tensor, past: Tensor, tile: int) -> list[tuple[int, Tensor]]:
-    """(first column, rows) of each tile; no tile has both fresh and past rows."""
-    tiles = [(start, fresh[start : start + tile]) for start in range(0, len(fresh), tile)]
-    return tiles + [(len(fresh) + start, past[start : start + tile]) for start in range(0, len(past), tile)]
+def _tiles(num_fresh: int, num_past: int, tile: int) -> list[tuple[int, int]]:
+    """(first column, end) of each tile; no tile has both fresh and past columns."""
+    end = num_fresh + num_past
+    tiles = [(start, min(start + tile, num_fresh)) for start in range(0, num_fresh, tile)]
+    return tiles + [(start, min(start + tile, end)) for start in range(num_fresh, end, tile)]
+
+
+def _block(fresh: Tensor, inverse: Tensor, past: Tensor, start: int, stop: int) -> Tensor:
+    """(t, D) unit vectors of the columns start … stop − 1."""
+    if start < len(fresh):
+        return fresh[start:stop] * inverse[start:stop]
+    return past[start - len(fresh) : stop - len(fresh)].to(fresh.dtype)

@@ -16,24 +16,18 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mim_ray.contrastive.gather import gather, place, total
-from mim_ray.csft.dataset import Pairs
-from mim_ray.csft.items import Items
+from mim_ray.csft.chunks import Pairs
+from mim_ray.csft.embedding import embed_items
+from mim_ray.csft.items import ItemLoader, Items
+from mim_ray.csft.negatives import PastBatches
 from mim_ray.csft.objective import LEVELS
 from mim_ray.encoders import ItemEncoder
 from mim_ray.evaluation.metrics import mrr, recall_at_k
 
 RECALL_AT = (1, 10, 100)
 _BATCH = 256
+_DRIFT_ITEMS = 64
 _TIE = 1e-6  # cosines this near are equal: the same item encoded in another batch differs in the last digits
-
-
-def embed_items(encoder: ItemEncoder, items: Items) -> Tensor:
-    """(n, 3, D): h^MM, h^txt, h^img; zeros where a modality is missing."""
-    device = encoder.image_projection.weight.device
-    tokens = {key: value.to(device) for key, value in encoder.text.tokenize(items.titles).items()}
-    has_image, has_text = torch.from_numpy(items.has_image).to(device), torch.from_numpy(items.has_text).to(device)
-    embedded = encoder(torch.tensor(items.pixels, device=device), has_image, tokens, has_text)
-    return torch.stack([embedded.mm, embedded.text, embedded.image], dim=1)
 
 
 @dataclass(frozen=True)
@@ -107,6 +101,24 @@ def _shared(num_rows: int, embed: Callable[[np.ndarray], Tensor], width: int) ->
     rows = np.arange(rank * part, (rank + 1) * part) % max(1, num_rows)  # the last part wraps: equal sizes
     pieces = [embed(rows[start : start + _BATCH]).float().reshape(-1, width) for start in range(0, part, _BATCH)]
     return gather(torch.cat(pieces))[:num_rows]
+
+
+@torch.no_grad()
+def drift_by_age(encoder: ItemEncoder, loader: ItemLoader, past: PastBatches) -> dict[str, float]:
+    """Mean cosine of past MM embeddings to the encoder's present ones, by age in batches. Only items seen whole both times."""
+    was_training = [module.training for module in encoder.modules()]
+    encoder.eval()
+    by_age = {}
+    for age in ages(len(past)):
+        batch = past.batch_of_age(age)
+        assert batch is not None
+        then = batch[:_DRIFT_ITEMS]
+        items = loader.items(then.items.cpu().numpy())
+        same = (then.has_image.cpu().numpy() == items.has_image) & (then.has_text.cpu().numpy() == items.has_text)
+        by_age[str(age)] = round(mean_drift(then.embeddings[same, 0], embed_items(encoder, items)[same, 0]), 5)
+    for module, training in zip(encoder.modules(), was_training, strict=True):
+        module.training = training
+    return by_age
 
 
 def mean_drift(then: Tensor, now: Tensor) -> float:

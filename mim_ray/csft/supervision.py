@@ -14,13 +14,6 @@ Supervision = Literal["category", "click-binary", "purchase-binary", "click", "p
 Objective = CsftObjective | BinaryObjective | CategoryObjective
 
 
-def pair_signal(supervision: Supervision) -> Literal["click", "purchase", "any"]:
-    """The signal of the pairs to train on. v1 looks at items only, so it takes all pairs there are."""
-    if supervision in ("category", "any"):
-        return "any"
-    return "click" if supervision.startswith("click") else "purchase"
-
-
 def make_objective(
     supervision: Supervision,
     *,

@@ -7,6 +7,7 @@ in trainer.py.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -27,6 +28,7 @@ from mim_ray.runtime.summary import StageResult
 from mim_ray.training.run import report, run_workers
 
 STAGE = "csft"
+_LEAST_SPREAD = 0.05
 
 
 def run(scenario: Scenario, *, samples: str, encoder: str, output: str, rejects: str) -> StageResult:
@@ -82,6 +84,19 @@ def prepare(scenario: Scenario, *, samples: str, encoder: str, output: str) -> d
     }
 
 
+def measure_encoder(scenario: Scenario, *, samples: str, encoder: str) -> dict[str, Any]:
+    """Held-out retrieval of any saved encoder, in this process: num_queries, num_items, and recall and MRR by level.
+
+    Raises:
+        DataError: there are no held-out pairs, or as run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        measured = Trainer(prepare(scenario, samples=samples, encoder=encoder, output=folder)).measure()
+    if measured is None:
+        raise DataError(f"No pair of {samples}/interest_pairs is held out. Raise csft.held_out_ratio.")
+    return measured
+
+
 def train_loop(config: dict[str, Any]) -> None:
     """What each worker does; rank 0 saves the encoder and reports."""
     trainer = Trainer(config)
@@ -90,8 +105,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
 
 def _check_categories(settings: Csft, catalogue: Catalogue, samples: str) -> None:
-    asks = settings.hard_negatives and settings.space_time_negatives
-    if asks and not catalogue.category_codes[1]:
+    if settings.draws_hard_negatives and not catalogue.category_codes[1]:
         raise DataError(
             f"No item of {samples}/catalogue has a category, but csft.hard_negatives draws another item of the positive's "
             "category. Give the items table a category column, or set csft.hard_negatives=false."
@@ -131,13 +145,15 @@ def _summary(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             ("past embeddings, cosine to now", ", ".join(f"age {age} {value:.3f}" for age, value in last.items()))
         )
-    if metrics["collapsed"]:
+    if metrics["collapsed"] or metrics["spread"] < _LEAST_SPREAD:
+        what = f"at the {', '.join(metrics['collapsed'])} level the encoder only guesses (the loss is ln K)"
+        if not metrics["collapsed"]:
+            what = f"all items look alike to the encoder (1 - mean cosine {metrics['spread']:.4f})"
         rows.append(
             (
                 "warning",
-                f"at the {', '.join(metrics['collapsed'])} level the encoder only guesses (the loss is ln K): lower "
-                "csft.learning_rate and csft.tower_learning_rate, raise csft.temperature, or let past batches join later "
-                "(csft.past_warmup_steps) or through csft.past_momentum",
+                f"{what}: lower csft.learning_rate and csft.tower_learning_rate, raise csft.temperature, let past batches "
+                "join later (csft.past_warmup_steps), or keep them by a slow encoder (csft.past_momentum=0.99)",
             )
         )
     before, after = metrics["retrieval"]["before"], metrics["retrieval"]["after"]

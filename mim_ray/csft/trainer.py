@@ -9,21 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mim_ray import artifacts
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import Csft
 from mim_ray.contrastive.gather import total
-from mim_ray.csft.cached import cached_backward
-from mim_ray.csft.dataset import PairBatch, PairBatches, PairChunks, PairReader, Position
+from mim_ray.csft.cached import cached_backward, joined
+from mim_ray.csft.chunks import PairChunks, PairReader
+from mim_ray.csft.dataset import PairBatch, PairBatches, Position
+from mim_ray.csft.embedding import embed_batch
 from mim_ray.csft.items import GalleryChunks, ItemLoader, Items, eligible
 from mim_ray.csft.momentum import MomentumEncoder, with_embeddings
 from mim_ray.csft.negatives import PastBatches
-from mim_ray.csft.objective import LEVELS, CsftLoss, LocalBatch, Shown, collapsed
-from mim_ray.csft.retrieval import HeldOut, ages, embed_items, mean_drift, measure
+from mim_ray.csft.objective import LEVELS, CsftLoss, LocalBatch, collapsed, spread
+from mim_ray.csft.retrieval import HeldOut, drift_by_age, measure
 from mim_ray.csft.sampling import log_q, pair_counts, sampling_rates
-from mim_ray.csft.supervision import Objective, make_objective, pair_signal
+from mim_ray.csft.supervision import Objective, make_objective
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.data.feeding import ordered_chunks
 from mim_ray.encoders import ItemEncoder
@@ -35,7 +37,6 @@ from mim_ray.training.run import rank, worker_device, world_size
 
 _CURVE_POINTS = 200
 _DRIFT_POINTS = 10
-_DRIFT_ITEMS = 64
 _MAX_GRADIENT_NORM = 1.0
 
 
@@ -79,13 +80,13 @@ class Trainer:
         self.before: dict[str, Any] | None = None
         self.rejects: dict[str, str] = {}
         self.num_negatives, self.num_other_category = 0.0, 0
-        self.level_losses = torch.zeros(len(LEVELS))
+        self.level_losses, self.spread = torch.zeros(len(LEVELS)), 1.0
 
     def train(self) -> dict[str, Any]:
         """All steps that are left; returns the metrics of the run."""
         settings = self.settings
         if self.before is None:
-            self.before = self._measure()
+            self.before = self.measure()
         self.encoder.train()
         _freeze_batch_norm(self.encoder)
         progress = Progress("C-SFT", settings.steps - self.step, "steps") if rank() == 0 else None
@@ -99,7 +100,8 @@ class Trainer:
             self.position, self.rejects = batches.position, batches.rejects
             if progress is not None:
                 progress.add(1, f"loss {losses[0]:.3f}, waiting {waited / (time.perf_counter() - start):.0%}")
-            self._measure_drift()
+            if len(self.past) and self.step % max(1, settings.steps // _DRIFT_POINTS) == 0:
+                self.drift.append((self.step, drift_by_age(self.encoder, self.loader, self.past)))
             if self.step % settings.checkpoint_every_steps == 0 and self.step < settings.steps:
                 self.num_other_category, batches.num_other_category = (
                     self.num_other_category + batches.num_other_category, 0,
@@ -150,8 +152,8 @@ class Trainer:
         if settings.log_q:
             allowed = np.zeros(self.catalogue.num_items, bool)
             allowed[eligible(self.catalogue, self._before_us)] = True
-            counts = pair_counts(f"{self.samples}/interest_pairs", self.catalogue, pair_signal(settings.supervision))
-            hard = settings.hard_negatives and settings.space_time_negatives
+            counts = pair_counts(f"{self.samples}/interest_pairs", self.catalogue, settings.pair_signal)
+            hard = settings.draws_hard_negatives
             rates = log_q(sampling_rates(counts, categories[0], allowed, hard_negatives=hard)).to(self.device)
         return make_objective(
             settings.supervision,
@@ -211,6 +213,8 @@ class Trainer:
             self._push(result, batch)  # from so early on that they are full when they join
         if self.step % max(1, settings.steps // _CURVE_POINTS) == 0 or self.step == settings.steps - 1:
             self.curve.append([self.step, *losses])
+            if result.fresh is not None:
+                self.spread = spread(result.fresh)
         self.step += 1
         self.num_negatives, self.level_losses = result.num_negatives, result.level_losses
         return losses
@@ -232,7 +236,11 @@ class Trainer:
             return
         fresh = result.fresh
         if self.slow is not None:
-            fresh = with_embeddings(fresh, self._embed(self.slow.encoder, batch).items)
+            size = self.settings.chunk_size or len(batch)
+            parts = [
+                self._embed(self.slow.encoder, batch[start : start + size]) for start in range(0, len(batch), size)
+            ]
+            fresh = with_embeddings(fresh, joined(parts).items)
         self.past.push(fresh)
 
     def _embed(self, encoder: ItemEncoder, batch: PairBatch) -> LocalBatch:
@@ -244,7 +252,8 @@ class Trainer:
         pairs = reader.held_out(f"{self.samples}/interest_pairs", self.settings.max_held_out)
         return HeldOut(pairs, self.loader.items(pairs.items)) if pairs is not None else None
 
-    def _measure(self) -> dict[str, Any] | None:
+    def measure(self) -> dict[str, Any] | None:
+        """Held-out retrieval of the encoder as it is now; None without held-out pairs. A collective."""
         if self.held_out is None:
             return None
         settings = self.settings
@@ -280,31 +289,11 @@ class Trainer:
             "temperatures": self.objective.temperatures(),
             "num_negatives": self.num_negatives,
             "num_other_category": int(total(torch.tensor(self.num_other_category, device=self.device))),
+            "spread": round(self.spread, 5),
             "collapsed": list(guessing) if self.settings.supervision in ("any", "click", "purchase") else [],
-            "retrieval": {"before": self.before, "after": self._measure()},
+            "retrieval": {"before": self.before, "after": self.measure()},
             "drift": self.drift,
         }
-
-    @torch.no_grad()
-    def _measure_drift(self) -> None:
-        """Cosine of past MM embeddings to the encoder's present ones, by age in steps. Items seen whole both times."""
-        if not len(self.past) or self.step % max(1, self.settings.steps // _DRIFT_POINTS):
-            return
-        was_training = [module.training for module in self.encoder.modules()]
-        self.encoder.eval()
-        by_age = {}
-        for age in ages(len(self.past)):
-            batch = self.past.batch_of_age(age)
-            assert batch is not None
-            items = self.loader.items(batch.items[:_DRIFT_ITEMS].cpu().numpy())
-            same = (batch.has_image[:_DRIFT_ITEMS].cpu().numpy() == items.has_image) & (
-                batch.has_text[:_DRIFT_ITEMS].cpu().numpy() == items.has_text
-            )
-            now = embed_items(self.encoder, items)[same, 0]
-            by_age[str(age)] = round(mean_drift(batch.embeddings[:_DRIFT_ITEMS][same, 0], now), 5)
-        self.drift.append((self.step, by_age))
-        for module, training in zip(self.encoder.modules(), was_training, strict=True):
-            module.training = training
 
     @property
     def _checkpoints(self) -> str:
@@ -328,44 +317,6 @@ class Trainer:
             "num_other_category": self.num_other_category,
         }
         checkpoint.save(self._checkpoints, self.step, shared if rank() == 0 else {}, {}, values)
-
-
-def embed_batch(
-    encoder: ItemEncoder, batch: PairBatch, mask_user_items: bool, categories: np.ndarray | None = None
-) -> LocalBatch:
-    """Eqs. 2-4 for queries and items; their pictures pass F_V together.
-
-    Args:
-        categories: (num_items,) codes by catalogue row, where the objective asks for them.
-    """
-    device = encoder.image_projection.weight.device
-    shown_place, shown_items = batch.shown if batch.shown is not None else (np.zeros(0, np.int64), None)
-    items = Items.joined([*batch.groups, *([shown_items] if shown_items is not None else [])])
-    num_queries, num_items = len(batch), len(items.rows) - len(shown_place)
-    has_image = torch.tensor(items.has_image, device=device)
-    has_text = torch.tensor(items.has_text, device=device)
-    pixels = torch.from_numpy(np.concatenate([batch.query_pixels, items.pixels])).to(device)
-    image = encoder.encode_image(pixels)
-    queries, image = image[:num_queries], image[num_queries:]
-    image = torch.where(has_image.unsqueeze(1), image, torch.zeros_like(image))
-    text = encoder.encode_text({key: value.to(device) for key, value in encoder.text.tokenize(items.titles).items()})
-    text = torch.where(has_text.unsqueeze(1), text, torch.zeros_like(text))
-    embedded = torch.stack([encoder.fuse(image, text), text, image], dim=1)  # (n, 3, D)
-    rows, contents = torch.tensor(items.rows, device=device), torch.tensor(items.contents, device=device)
-
-    def parts(places: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return embedded[places], has_text[places], has_image[places], rows[places], contents[places]
-
-    shown = None
-    if shown_items is not None:
-        shown = Shown(torch.tensor(shown_place, device=device), *parts(slice(num_items, None)))
-    codes = None
-    if categories is not None:
-        codes = torch.tensor(categories[items.rows[:num_items]], dtype=torch.int64, device=device)
-    bought = (torch.tensor(batch.bought[0], device=device), torch.tensor(batch.bought[1], device=device))
-    return LocalBatch(
-        queries, *parts(slice(num_items)), bought if mask_user_items else None, categories=codes, shown=shown
-    )
 
 
 def _groups(encoder: ItemEncoder, objective: nn.Module, settings: Csft) -> list[dict[str, Any]]:

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mim_ray import artifacts
-from mim_ray.data.catalogue import Catalogue
 from mim_ray.errors import DataError
 
 UNIT_ROWS = 2_048
@@ -173,39 +172,6 @@ def ordered_batches(
 def num_rows(source: str | Sequence[str]) -> int:
     """Rows of a Parquet file, folder or list of files, from their footers."""
     return sum(unit.num_rows for unit in _units(_parquet_files(source), None))
-
-
-def catalogue_batches(
-    catalogue: Catalogue,
-    rows: np.ndarray | None,
-    batch_size: int,
-    seed: int,
-    rank: int,
-    world: int,
-    num_steps: int,
-    start_step: int = 0,
-) -> Iterator[np.ndarray]:
-    """Item rows for `start_step` to `num_steps` - 1: every epoch a new order of all of `rows`, dealt evenly to the ranks.
-
-    Args:
-        rows: the items that may be used; None for all.
-
-    Raises:
-        DataError: there are no items.
-    """
-    allowed = np.arange(catalogue.num_items) if rows is None else np.asarray(rows, np.int64)
-    if not len(allowed):
-        raise DataError("No items are left to train on. See the summary of the samples stage for what was rejected.")
-    rank_rows = max(1, len(allowed) // world)
-    batch_size = min(batch_size, rank_rows)
-    per_epoch = rank_rows // batch_size
-    order, order_of = allowed, -1
-    for step in range(start_step, num_steps):
-        epoch, place = divmod(step, per_epoch)
-        if epoch != order_of:
-            order, order_of = np.random.default_rng([seed, epoch]).permutation(allowed), epoch
-        start = rank * rank_rows + place * batch_size
-        yield order[np.arange(start, start + batch_size) % len(allowed)]
 
 
 def prefetch(items: Iterator[T], depth: int = _PREFETCH) -> Iterator[T]:

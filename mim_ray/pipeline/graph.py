@@ -100,7 +100,9 @@ def _samples(scenario: Scenario, layout: Layout) -> StageResult:
 
 
 def _pretraining(scenario: Scenario, layout: Layout) -> StageResult:
-    return pretraining_train.run(scenario, samples=layout.samples, output=layout.stage("pretraining"))
+    return pretraining_train.run(
+        scenario, samples=layout.samples, output=layout.stage("pretraining"), rejects=layout.rejects
+    )
 
 
 def _csft(scenario: Scenario, layout: Layout) -> StageResult:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mim_ray.artifacts import absolute_uri, run_root
 from mim_ray.config import Scenario
-from mim_ray.config.scenario import Encoding
+from mim_ray.config.scenario import ENCODER_FOLDERS, Encoding
 
 
 @dataclass(frozen=True)
@@ -53,5 +53,5 @@ class Layout:
         return f"{self.root}/shop/truth/impressions.parquet"
 
     def encoder(self, stage: Encoding) -> str:
-        """The encoder that a stage left: untrained, pretraining (DDA and DMA) or csft."""
-        return f"{self.root}/pretraining/untrained" if stage == "untrained" else f"{self.root}/{stage}/encoder"
+        """The encoder that a stage left: untrained, dda, pretraining (DDA and DMA) or csft."""
+        return f"{self.root}/{ENCODER_FOLDERS[stage]}"

@@ -40,7 +40,7 @@ class Stage:
         sections: scenario sections, or section.key, that change its outcome.
         parents: stages it reads from.
         run: fills the folder; Ray is running when it is called.
-        resumes: goes on from what an interrupted attempt with the same fingerprint left in the folder.
+        resumes: goes on from what an interrupted attempt left in the folder, if only the number of workers differs.
     """
 
     name: str
@@ -65,17 +65,23 @@ class Pipeline:
     def fingerprint(self, name: str) -> str:
         """Hash of everything that the stage's outcome depends on."""
         if name not in self._fingerprints:
-            stage = self.stages[name]
-            parts = {
-                "stage": name,
-                "version": mim_ray.__version__,
-                "seed": self.scenario.run.seed,
-                "settings": {key: _settings(self.scenario, key) for key in stage.sections},
-                "parents": {parent: self.fingerprint(parent) for parent in stage.parents},
-                "tables": self._user_tables() if stage.reads_user_tables else None,
-            }
-            self._fingerprints[name] = artifacts.fingerprint(parts)
+            self._fingerprints[name] = artifacts.fingerprint(self._parts(name, frozenset()))
         return self._fingerprints[name]
+
+    def attempt(self, name: str) -> str:
+        """The same without how many workers there are: an interrupted attempt may go on with more or fewer of them."""
+        return artifacts.fingerprint(self._parts(name, frozenset({"num_workers"})))
+
+    def _parts(self, name: str, leave_out: frozenset[str]) -> dict[str, object]:
+        stage = self.stages[name]
+        return {
+            "stage": name,
+            "version": mim_ray.__version__,
+            "seed": self.scenario.run.seed,
+            "settings": {key: _settings(self.scenario, key, leave_out) for key in stage.sections},
+            "parents": {parent: self.fingerprint(parent) for parent in stage.parents},
+            "tables": self._user_tables() if stage.reads_user_tables else None,
+        }
 
     def finished(self, name: str) -> Manifest | None:
         """The stage's manifest when what it left is complete and still valid."""
@@ -142,10 +148,10 @@ class Pipeline:
     def _prepare(self, stage: Stage, uri: str) -> None:
         attempt = f"{uri}/attempt.json"
         complete = artifacts.exists(f"{uri}/{artifacts.MANIFEST}")
-        same = artifacts.exists(attempt) and artifacts.read_json(attempt) == self.fingerprint(stage.name)
+        same = artifacts.exists(attempt) and artifacts.read_json(attempt) == self.attempt(stage.name)
         if complete or not (stage.resumes and same):
             artifacts.remove(uri)
-        artifacts.write_json(attempt, self.fingerprint(stage.name))
+        artifacts.write_json(attempt, self.attempt(stage.name))
 
     def _show(self, stage: Stage, manifest: Manifest) -> None:
         rows = [(label, text) for label, text in manifest.summary]
@@ -180,9 +186,9 @@ def with_settings(scenario: Scenario, section: str, **values: object) -> Scenari
     return Scenario.model_validate(data)
 
 
-def _settings(scenario: Scenario, key: str) -> object:
+def _settings(scenario: Scenario, key: str, leave_out: frozenset[str]) -> object:
     section, _, name = key.partition(".")
     values = getattr(scenario, section).model_dump(mode="json")
     if name:
         return values[name]
-    return {setting: value for setting, value in values.items() if setting not in _EXECUTION}
+    return {setting: value for setting, value in values.items() if setting not in _EXECUTION | leave_out}

@@ -1,26 +1,36 @@
 """What pre-training sees: images, titles and pairs of the catalogue, from before the CTR validation starts.
 
-A part of the items, chosen by a hash of their ids, is held out and measured, never trained on.
+A part of the items, chosen by a hash of their ids, is held out and measured, never trained on. The input of a step is a
+function of (seed, phase, rank, P, step) alone, so it can be made anywhere and a resumed run sees the same rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mim_ray.data.batches import catalogue_batches, prefetch
 from mim_ray.data.catalogue import Catalogue
+from mim_ray.data.feeding import Chunk, json_array, json_value
 from mim_ray.data.ids import hash_ids
 from mim_ray.data.transforms import PictureFormat, decode_images
+from mim_ray.errors import DataError
 
+PhaseName = Literal["image", "text", "alignment"]
+PHASES: tuple[PhaseName, ...] = ("image", "text", "alignment")
 HELD_OUT_RATIO = 0.05
 MOST_HELD_OUT = 1_024
 """Held-out items that are measured; more would only cost time."""
+Batch = Chunk
+"""Of one step: rows (B,) int64 of the catalogue; pixels uint8 (B, 3, S, S) and broken (n,) int64, the rows whose pictures
+could not be decoded; titles (`titles_in`); keys (B, 2) int64, equal where the title, or the picture, is the same."""
 _CACHE_BYTES = 512 * 2**20
+_MOST_DRAWS = 20  # of other rows for pictures that cannot be decoded
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,10 @@ class Items:
     held_out_image: np.ndarray
     held_out_title: np.ndarray
     held_out_both: np.ndarray
+
+    def trained(self, phase: PhaseName) -> np.ndarray:
+        """The rows that a phase trains on."""
+        return {"image": self.with_image, "text": self.with_title, "alignment": self.with_both}[phase]
 
 
 def choose_items(catalogue: Catalogue, before_us: int) -> Items:
@@ -65,41 +79,42 @@ class Pictures:
         max_pixels: int,
         cache_bytes: int = _CACHE_BYTES,
     ) -> None:
-        self._catalogue, self._picture = catalogue, picture
-        self._limits = (max_bytes, max_pixels)
+        self.catalogue, self._picture, self._limits = catalogue, picture, (max_bytes, max_pixels)
         self._kept: np.ndarray | None = None
-        if catalogue.num_items * 3 * picture.size**2 <= cache_bytes:
-            self._kept = np.empty(
-                (catalogue.num_items, 3, picture.size, picture.size), np.uint8
-            )  # pages are taken as they are filled
+        shape = (catalogue.num_items, 3, picture.size, picture.size)
+        if math.prod(shape) <= cache_bytes:
+            self._kept = np.empty(shape, np.uint8)  # pages are taken as they are filled
         self._state = np.zeros(catalogue.num_items, np.int8)  # 0 not decoded yet, 1 decoded, 2 unusable
-        self.num_unusable = 0
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (B, 3, S, S) and the rows they are of: a row whose picture cannot be decoded gives way to the next usable."""
+        """uint8 (B, 3, S, S) and (B,) bool: whether the row's picture could be decoded."""
         if self._kept is None:
-            pixels, usable = self._decode(rows)
-        else:
-            missing = np.unique(rows[self._state[rows] == 0])
-            if len(missing):
-                self._kept[missing], fine = self._decode(missing)
-                self._state[missing] = np.where(fine, 1, 2)
-            pixels, usable = self._kept[rows], self._state[rows] == 1
-        if usable.all() or not usable.any():
-            return pixels, rows
-        self.num_unusable += int((~usable).sum())
-        good = np.flatnonzero(usable)
-        source = good[np.searchsorted(good, np.arange(len(rows))) % len(good)]  # itself, or the next usable
-        return pixels[source], rows[source]
+            return self._decode(rows)
+        missing = np.unique(rows[self._state[rows] == 0])
+        if len(missing):
+            self._kept[missing], fine = self._decode(missing)
+            self._state[missing] = np.where(fine, 1, 2)
+        return self._kept[rows], self._state[rows] == 1
 
     def _decode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        images = self._catalogue.take(rows, ["image"]).column("image").to_pylist()
+        images = self.catalogue.take(rows, ["image"]).column("image").to_pylist()
         return decode_images(images, self._picture, *self._limits)
 
 
 def titles_of(catalogue: Catalogue, rows: np.ndarray) -> list[str]:
     """Titles by row, empty where missing."""
     return [title or "" for title in catalogue.take(rows, ["title"]).column("title").to_pylist()]
+
+
+def content_keys(catalogue: Catalogue, rows: np.ndarray) -> np.ndarray:
+    """(B, 2) int64: a hash of each row's title and one of its picture's bytes."""
+    table = catalogue.take(rows, ["title", "image"])
+    titles = [(title or "").encode() for title in table.column("title").to_pylist()]
+    keys = [
+        [_key(title), _key(image or b"")]
+        for title, image in zip(titles, table.column("image").to_pylist(), strict=True)
+    ]
+    return np.array(keys, np.int64).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -112,32 +127,129 @@ class Share:
     world: int
 
 
-class PretrainingData:
-    """Batches of a catalogue for one worker, made ahead in a thread."""
+@dataclass(frozen=True)
+class Content:
+    """The items to learn from: URI of the catalogue, how its pictures are decoded, and the time (microseconds UTC) before
+    which an item must have existed. A process opens it once.
+    """
 
-    def __init__(self, catalogue: Catalogue, pictures: Pictures, share: Share) -> None:
-        self.catalogue, self.pictures, self._share = catalogue, pictures, share
+    catalogue: str
+    picture: PictureFormat
+    max_bytes: int
+    max_pixels: int
+    before_us: int
 
-    def images(self, rows: np.ndarray, num_steps: int) -> Iterator[Tensor]:
-        """uint8 (B, 3, S, S) per step."""
-        return prefetch(torch.from_numpy(self.pictures.take(batch)[0]) for batch in self._rows(rows, num_steps))
+    def pictures(self) -> Pictures:
+        return _open_pictures(self)
 
-    def titles(self, rows: np.ndarray, num_steps: int) -> Iterator[list[str]]:
-        """B titles per step."""
-        return prefetch(titles_of(self.catalogue, batch) for batch in self._rows(rows, num_steps))
+    def items(self) -> Items:
+        return _open_items(self)
 
-    def pairs(self, rows: np.ndarray, num_steps: int) -> Iterator[tuple[Tensor, list[str]]]:
-        """Images and their titles per step."""
-        return prefetch(self.pair(batch) for batch in self._rows(rows, num_steps))
 
-    def pair(self, rows: np.ndarray) -> tuple[Tensor, list[str]]:
-        """uint8 (B, 3, S, S) and B titles of given rows."""
-        pixels, rows = self.pictures.take(rows)
-        return torch.from_numpy(pixels), titles_of(self.catalogue, rows)
+@lru_cache(maxsize=1)
+def _open_pictures(content: Content) -> Pictures:
+    return Pictures(Catalogue.open(content.catalogue), content.picture, content.max_bytes, content.max_pixels)
 
-    def titles_of(self, rows: np.ndarray) -> list[str]:
-        return titles_of(self.catalogue, rows)
 
-    def _rows(self, rows: np.ndarray, num_steps: int) -> Iterator[np.ndarray]:
-        share = self._share
-        return catalogue_batches(self.catalogue, rows, share.batch_size, share.seed, share.rank, share.world, num_steps)
+@lru_cache(maxsize=1)
+def _open_items(content: Content) -> Items:
+    return choose_items(content.pictures().catalogue, content.before_us)
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """The input of one phase for one worker as a ChunkSource (data/feeding.py): chunk i is what step i trains on."""
+
+    content: Content
+    phase: PhaseName
+    share: Share
+
+    def open(self) -> Callable[[int], Batch]:
+        content = self.content
+        return Batches(content.pictures(), self.phase, self.share, content.items().trained(self.phase))
+
+
+class Batches:
+    """`batches(step)`, any step in any order. Every epoch is a new order of all items, dealt evenly to the workers; all
+    workers have batches of one size.
+
+    Args:
+        rows: the items of the phase, (n,) int64.
+    """
+
+    def __init__(self, pictures: Pictures, phase: PhaseName, share: Share, rows: np.ndarray) -> None:
+        self.catalogue, self.pictures, self.phase, self.share = pictures.catalogue, pictures, phase, share
+        self.rows = rows
+        self._order, self._order_of = np.zeros(0, np.int64), -1
+
+    def __call__(self, step: int) -> Batch:
+        """What `step` trains on.
+
+        Raises:
+            DataError: there are no items, or none of those drawn has a picture that can be decoded.
+        """
+        rows = self.rows_of(step)
+        if self.phase == "text":
+            return {"rows": rows, "titles": json_array(titles_of(self.catalogue, rows))}
+        rows, pixels, broken = self._with_pixels(rows, step)
+        batch = {"rows": rows, "pixels": pixels, "broken": broken}
+        if self.phase == "alignment":
+            batch["titles"] = json_array(titles_of(self.catalogue, rows))
+            batch["keys"] = content_keys(self.catalogue, rows)
+        return batch
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """(B,) rows of `step`, before unusable pictures are replaced.
+
+        Raises:
+            DataError: there are no items.
+        """
+        if not len(self.rows):
+            raise DataError(
+                "No items are left to train on. See the summary of the samples stage for what was rejected."
+            )
+        share = self.share
+        rank_rows = max(1, len(self.rows) // share.world)
+        batch_size = min(share.batch_size, rank_rows)
+        epoch, place = divmod(step, rank_rows // batch_size)
+        if epoch != self._order_of:
+            random = np.random.default_rng([share.seed, PHASES.index(self.phase), epoch])
+            self._order, self._order_of = random.permutation(self.rows), epoch
+        start = share.rank * rank_rows + place * batch_size
+        return self._order[np.arange(start, start + batch_size) % len(self.rows)]
+
+    def _with_pixels(self, rows: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows whose pictures can be decoded, their pixels, and the rows that gave way to others drawn at random."""
+        pixels, fine = self.pictures.take(rows)
+        if fine.all():
+            return rows, pixels, np.zeros(0, np.int64)
+        share = self.share
+        random = np.random.default_rng([share.seed, PHASES.index(self.phase), share.rank, share.world, step])
+        rows, pixels, broken = rows.copy(), pixels.copy(), []
+        for _ in range(_MOST_DRAWS):
+            bad = np.flatnonzero(~fine)
+            if not len(bad):
+                break
+            broken.append(rows[bad])
+            rows[bad] = random.choice(self.rows, len(bad))
+            pixels[bad], fine[bad] = self.pictures.take(rows[bad])
+        if not fine.all():
+            broken.append(rows[~fine])
+            if not fine.any():
+                raise DataError(
+                    f"Of {len(np.unique(np.concatenate(broken)))} pictures drawn for a step of pre-training none could be"
+                    " decoded, though the samples stage accepted them. Run the samples stage again."
+                )
+            good = np.flatnonzero(fine)
+            rows[~fine], pixels[~fine] = rows[good[0]], pixels[good[0]]
+        return rows, pixels, np.unique(np.concatenate(broken))
+
+
+def titles_in(batch: Batch) -> list[str]:
+    """The titles of a batch."""
+    titles: list[str] = json_value(batch["titles"])
+    return titles
+
+
+def _key(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)

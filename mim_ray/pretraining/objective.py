@@ -1,7 +1,8 @@
-"""What pre-training minimises (paper Section 3.2): masked images, masked words, and aligned pairs.
+"""What pre-training minimises (paper Section 3.2): masked images, masked or next words, and aligned pairs.
 
-DDA hides a part of an image or a title and asks the tower for it. DMA asks which title belongs to which image. The
-paper names the stages, not their losses; ours are SimMIM's (pixels, L1), BERT's (80/10/10) and CLIP's (symmetric).
+DDA hides a part of an image or a title and asks the tower for it; a tower that reads from left to right (GPT-2) is asked
+for the next word instead. DMA asks which title belongs to which image. The paper names the stages, not their losses;
+ours are SimMIM's (pixels, L1), BERT's (80/10/10), GPT's and CLIP's (symmetric).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mim_ray.contrastive.info_nce import MAX_LOGIT_SCALE
 from mim_ray.encoders import ItemEncoder
 from mim_ray.encoders.text import TextTower, Tokens
 from mim_ray.encoders.tokenizer import SpecialTokens
@@ -19,8 +21,7 @@ from mim_ray.encoders.vision import VisionTower
 
 NOT_ASKED = -100
 """Label of a token that was not hidden."""
-LARGEST_SCALE = 100.0
-"""Limit of 1/temperature."""
+_MAX_LOG_SCALE = math.log(MAX_LOGIT_SCALE)
 
 
 def mask_cell(image_size: int, stride: int) -> int:
@@ -33,8 +34,11 @@ def mask_cell(image_size: int, stride: int) -> int:
     return next(cell for cell in range(largest, 0, -1) if image_size % cell == 0)
 
 
-def draw_image_mask(num_images: int, side: int, mask_ratio: float, generator: torch.Generator) -> Tensor:
-    """Which cells are hidden: (B, side, side) bool, the same number in every image, at least one, never all."""
+def draw_image_mask(num_images: int, side: int, mask_ratio: float, generator: torch.Generator | None) -> Tensor:
+    """Which cells are hidden: (B, side, side) bool, the same number in every image, at least one, never all.
+
+    Without a generator torch's own random numbers are used.
+    """
     cells = side * side
     num_hidden = min(max(1, round(mask_ratio * cells)), max(1, cells - 1))
     order = torch.rand(num_images, cells, generator=generator).argsort(dim=1)  # (B, cells)
@@ -86,7 +90,7 @@ class MaskedImageModel(nn.Module):
 
 
 def mask_tokens(
-    tokens: Tokens, special: SpecialTokens, vocabulary_size: int, mask_ratio: float, generator: torch.Generator
+    tokens: Tokens, special: SpecialTokens, vocabulary_size: int, mask_ratio: float, generator: torch.Generator | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Hide words as BERT does: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay.
 
@@ -133,6 +137,32 @@ class MaskedLanguageModel(nn.Module):
         return loss / asked.sum().clamp(min=1)
 
 
+def next_tokens(tokens: Tokens) -> Tensor:
+    """Labels (B, T) of next-token prediction: at each place the id that follows, NOT_ASKED where only padding does."""
+    ids, real = tokens["input_ids"], tokens["attention_mask"].bool()
+    labels = torch.full_like(ids, NOT_ASKED)
+    labels[:, :-1] = torch.where(real[:, :-1] & real[:, 1:], ids[:, 1:], NOT_ASKED)
+    return labels
+
+
+class NextTokenModel(nn.Module):
+    """Next-token prediction for towers that read from left to right: the output weights are the word embeddings."""
+
+    def __init__(self, text: TextTower) -> None:
+        super().__init__()
+        self.text = text
+        self.words: nn.Embedding = text.net.get_input_embeddings()
+        width = self.words.embedding_dim
+        self.head = nn.Identity() if text.width == width else nn.Linear(text.width, width, bias=False)
+
+    def forward(self, tokens: Tokens, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of the tokens that follow (`next_tokens`); 0 when none does."""
+        asked = labels != NOT_ASKED
+        logits = self.head(self.text.token_states(tokens)[asked]) @ self.words.weight.T  # (num_asked, vocabulary)
+        loss = functional.cross_entropy(logits, labels[asked], reduction="sum")
+        return loss / asked.sum().clamp(min=1)
+
+
 class ImageTextAligner(nn.Module):
     """DMA: h^img and h^txt of pairs, and the learned 1/temperature between them. Fusion takes no part."""
 
@@ -140,23 +170,15 @@ class ImageTextAligner(nn.Module):
         super().__init__()
         self.vision, self.image_projection = encoder.vision, encoder.image_projection
         self.text, self.text_projection = encoder.text, encoder.text_projection
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1.0 / temperature)))
+        self.log_scale = nn.Parameter(torch.tensor(min(-math.log(temperature), _MAX_LOG_SCALE)))
 
     def forward(self, pixels: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 (B, 3, S, S) and tokens (B, T) -> h^img (B, D), h^txt (B, D), logit_scale scalar, at most 100."""
+        """uint8 (B, 3, S, S) and tokens (B, T) -> h^img (B, D), h^txt (B, D), 1/temperature (scalar)."""
         image = self.image_projection(self.vision(pixels))
         text = self.text_projection(self.text(tokens))
-        return image, text, self.log_scale.exp().clamp(max=LARGEST_SCALE)
+        return image, text, self.log_scale.exp()
 
-
-def alignment_recall(image_emb: Tensor, text_emb: Tensor, k: int) -> float:
-    """Share of images whose own title is among the k nearest of all titles; a tie counts as half a place.
-
-    Args:
-        image_emb, text_emb: (n, D), row i of both is item i. Higher is better; chance gives k / n.
-    """
-    image, text = functional.normalize(image_emb, dim=1), functional.normalize(text_emb, dim=1)
-    similarity = image @ text.T  # (n, n)
-    own = similarity.diagonal().unsqueeze(1)
-    ahead = (similarity > own).sum(dim=1) + 0.5 * ((similarity == own).sum(dim=1) - 1)
-    return float((ahead < k).float().mean())
+    def clamp(self) -> None:
+        """Keep 1/temperature at most 100. Call after each step: clamped in `forward` it would lose its gradient there."""
+        with torch.no_grad():
+            self.log_scale.clamp_(max=_MAX_LOG_SCALE)

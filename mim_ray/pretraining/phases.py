@@ -1,247 +1,289 @@
-"""The three phases of pre-training as plain loops: DDA on images, DDA on titles, DMA on pairs. Each measures itself on
-held-out items before and after. They run inside a process group or without one; no Ray here.
+"""The three phases of pre-training: DDA on images, DDA on titles, DMA on pairs. Each measures itself on held-out items
+before and after. They run inside a process group or without one.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mim_ray.config.scenario import Pretraining
+from mim_ray.contrastive.gather import gather
 from mim_ray.contrastive.info_nce import symmetric_info_nce
 from mim_ray.encoders import ItemEncoder
-from mim_ray.pretraining.dataset import Items, PretrainingData
+from mim_ray.encoders.text import Tokens
+from mim_ray.pretraining.dataset import (
+    PHASES,
+    Batch,
+    BatchSource,
+    Content,
+    PhaseName,
+    Share,
+    content_keys,
+    titles_in,
+    titles_of,
+)
+from mim_ray.pretraining.equal_content import chance_loss, equal_content_pairs
+from mim_ray.pretraining.fit import fit
+from mim_ray.pretraining.measures import SharedMean, alignment_recalls, own_batches, shared_rows
 from mim_ray.pretraining.objective import (
     NOT_ASKED,
     ImageTextAligner,
     MaskedImageModel,
     MaskedLanguageModel,
-    alignment_recall,
+    NextTokenModel,
     draw_image_mask,
     mask_tokens,
+    next_tokens,
 )
-from mim_ray.runtime.progress import Progress
-from mim_ray.training.optim import average_gradients, check_finite, parameter_groups, warmup_cosine
+from mim_ray.training.optim import parameter_groups
 
-PHASES = ("image", "text", "alignment")
-RECALL_AT = 10
-_EVALUATION_BATCH = 256
 _EVALUATION_DRAWS = 4  # masks per held-out item
-_CURVE_POINTS = 100
+
+
+class Context:
+    """What every phase needs: the encoder, trained in place; this worker's share of the data; the settings."""
+
+    def __init__(
+        self,
+        encoder: ItemEncoder,
+        content: Content,
+        settings: Pretraining,
+        share: Share,
+        device: torch.device,
+        decoder_cpus: float = 0.0,
+    ) -> None:
+        self.encoder, self.content, self.settings, self.share, self.device = encoder, content, settings, share, device
+        self.decoder_cpus = decoder_cpus
+        self.pictures = content.pictures()
+        self.catalogue, self.items = self.pictures.catalogue, content.items()
+
+    def source(self, phase: PhaseName) -> BatchSource:
+        return BatchSource(self.content, phase, self.share)
+
+    def tokens(self, titles: list[str]) -> dict[str, Tensor]:
+        return self.on_device(self.encoder.text.tokenize(titles))
+
+    def on_device(self, tensors: Tokens) -> dict[str, Tensor]:
+        return {key: value.to(self.device) for key, value in tensors.items()}
 
 
 @dataclass(frozen=True)
-class Context:
-    """What every phase needs.
+class Finished:
+    """What `pretrain` tells after each phase.
 
     Attributes:
-        encoder: trained in place. device: where it is.
-        rank: this worker's place; masks and dropout differ between ranks.
+        metrics: by phase, of all that are finished. broken: rows that this worker could not decode in the last one.
     """
 
-    encoder: ItemEncoder
-    data: PretrainingData
-    items: Items
-    settings: Pretraining
-    seed: int
-    rank: int
-    device: torch.device
+    phase: PhaseName
+    metrics: dict[str, dict[str, Any]]
+    broken: list[int]
 
 
 def pretrain(
     context: Context,
     done: dict[str, Any] | None = None,
-    after_phase: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    after_phase: Callable[[Finished], None] = lambda finished: None,
+    checkpoints: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run the phases; a phase without steps or without items is left out.
 
     Args:
         done: metrics by phase of those that an interrupted attempt finished, with the encoder as they left it.
-        after_phase: called on every rank with the metrics by phase so far.
+        after_phase: called on every worker.
+        checkpoints: folder for what an interrupted phase goes on from.
 
     Returns:
-        Metrics by phase: the loss curve as [step, loss] of this rank, the held-out measures before and after, seconds.
+        Metrics by phase: what `fit` returns, seconds, and the phase's own.
     """
     metrics: dict[str, dict[str, Any]] = dict(done or {})
-    phases = {"image": mask_images, "text": mask_titles, "alignment": align}
     for number, name in enumerate(PHASES):
         if name in metrics:
             continue
         start = time.monotonic()
-        torch.manual_seed(context.seed * 1_000 + number)  # equal heads on all ranks
-        result = phases[name](context)
-        if result is not None:
-            metrics[name] = result | {"seconds": round(time.monotonic() - start, 2)}
-            after_phase(metrics)
+        torch.manual_seed(context.share.seed * 1_000 + number)  # equal heads on all ranks
+        phase = _phase(name, context)
+        if phase is None:
+            continue
+        folder = None if checkpoints is None else f"{checkpoints}/{name}"
+        result = fit(
+            phase,
+            context.settings,
+            seed=context.share.seed,
+            checkpoints=folder,
+            decoder_cpus=context.decoder_cpus,
+        )
+        metrics[name] = result | phase.extra() | {"seconds": round(time.monotonic() - start, 2)}
+        after_phase(Finished(name, metrics, sorted(phase.broken)))
     context.encoder.eval()
     return metrics
 
 
-def mask_images(context: Context) -> dict[str, Any] | None:
-    """DDA of F_V: masked image modelling. Held-out measure: mean absolute error of hidden pixels, in units of the model's
-    normalisation.
+def _phase(name: PhaseName, context: Context) -> MaskedImages | Titles | Alignment | None:
+    """The phase, or None where there is nothing to do: no steps, no items, or no [MASK] token to hide words behind."""
+    settings, items, text = context.settings, context.items, context.encoder.text
+    if not len(items.trained(name)):
+        return None
+    if name == "image":
+        return MaskedImages(context) if settings.vision_dda_steps else None
+    if name == "text":
+        possible = text.causal or text.special.mask is not None
+        return Titles(context) if settings.text_dda_steps and possible else None
+    return Alignment(context) if settings.dma_steps else None
+
+
+class MaskedImages:
+    """DDA of F_V: masked image modelling. Held-out measure: mean absolute error of hidden pixels (`reconstruction`), in
+    units of the model's normalisation.
     """
-    rows, num_steps = context.items.with_image, context.settings.vision_dda_steps
-    if not num_steps or not len(rows):
-        return None
-    module = MaskedImageModel(context.encoder.vision).to(context.device)
-    ratio = context.settings.image_mask_ratio
 
-    def losses() -> Iterator[Tensor]:
-        generator = _generator(context, "image")
-        for pixels in context.data.images(rows, num_steps):
-            mask = draw_image_mask(len(pixels), module.side, ratio, generator)
-            yield module(pixels.to(context.device), mask.to(context.device))
+    name: PhaseName = "image"
+    frozen_statistics = False
 
-    def measure() -> dict[str, float]:
-        generator = torch.Generator().manual_seed(context.seed)
-        total = _Mean()
-        for batch in _evaluation_batches(context.items.held_out_image):
-            pixels = torch.from_numpy(context.data.pictures.take(batch)[0]).to(context.device)
+    def __init__(self, context: Context) -> None:
+        self.context, self.num_steps = context, context.settings.vision_dda_steps
+        self.module = MaskedImageModel(context.encoder.vision).to(context.device)
+        self.source, self.broken = context.source("image"), set[int]()
+
+    def groups(self) -> list[dict[str, Any]]:
+        settings = self.context.settings
+        return parameter_groups(self.module, settings.vision_dda_learning_rate, settings.weight_decay)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, float]:
+        return self._masked(torch.tensor(batch["pixels"]), None), 0.0
+
+    def after_step(self) -> None:
+        pass
+
+    def measure(self) -> dict[str, Any]:
+        mean = SharedMean(self.context.device)
+        for number, rows in own_batches(self.context.items.held_out_image):
+            pixels, fine = self.context.pictures.take(rows)
+            self.broken.update(rows[~fine].tolist())
+            if not fine.any():
+                continue
+            generator = torch.Generator().manual_seed(self.context.share.seed * 1_000 + number)
             for _ in range(_EVALUATION_DRAWS):
-                mask = draw_image_mask(len(pixels), module.side, ratio, generator).to(context.device)
-                total.add(float(module(pixels, mask)), len(pixels))
-        return {"reconstruction": total.value()}
+                mean.add(self._masked(torch.from_numpy(pixels[fine]), generator), int(fine.sum()))
+        value = mean.value()
+        return {} if value is None else {"reconstruction": value}
 
-    return _phase(context, "image", module, losses(), measure, num_steps)
+    def extra(self) -> dict[str, Any]:
+        return {}
 
-
-def mask_titles(context: Context) -> dict[str, Any] | None:
-    """DDA of F_L: masked language modelling. Held-out measure: cross-entropy per asked token, and its perplexity."""
-    rows, num_steps = context.items.with_title, context.settings.text_dda_steps
-    text = context.encoder.text
-    if not num_steps or not len(rows) or text.special.mask is None:
-        return None
-    module = MaskedLanguageModel(text).to(context.device)
-    vocabulary, ratio = text.tokenizer.get_vocab_size(), context.settings.text_mask_ratio
-
-    def asked(titles: list[str], generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        tokens, labels = mask_tokens(text.tokenize(titles), text.special, vocabulary, ratio, generator)
-        return {key: value.to(context.device) for key, value in tokens.items()}, labels.to(context.device)
-
-    def losses() -> Iterator[Tensor]:
-        generator = _generator(context, "text")
-        for titles in context.data.titles(rows, num_steps):
-            yield module(*asked(titles, generator))
-
-    def measure() -> dict[str, float]:
-        generator = torch.Generator().manual_seed(context.seed)
-        total = _Mean()
-        for batch in _evaluation_batches(context.items.held_out_title):
-            titles = context.data.titles_of(batch)
-            for _ in range(_EVALUATION_DRAWS):
-                tokens, labels = asked(titles, generator)
-                total.add(float(module(tokens, labels)), int((labels != NOT_ASKED).sum()))
-        loss = total.value()
-        return {"loss": loss, "perplexity": round(math.exp(min(loss, 50.0)), 3)}
-
-    return _phase(context, "text", module, losses(), measure, num_steps)
+    def _masked(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+        mask = draw_image_mask(len(pixels), self.module.side, self.context.settings.image_mask_ratio, generator)
+        loss: Tensor = self.module(pixels.to(self.context.device), mask.to(self.context.device))
+        return loss
 
 
-def align(context: Context) -> dict[str, Any] | None:
-    """DMA: symmetric contrast of images and titles over all workers. Held-out measure: image to title recall@10."""
-    rows, num_steps = context.items.with_both, context.settings.dma_steps
-    if not num_steps or not len(rows):
-        return None
-    encoder = context.encoder
-    module = ImageTextAligner(encoder, context.settings.temperature).to(context.device)
+class Titles:
+    """DDA of F_L: masked words for towers that read both ways, the next word for those that read from left to right.
+    Held-out measure: cross-entropy per asked token (`loss`) and its exponential (`perplexity`).
+    """
 
-    def embed(pixels: Tensor, titles: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = {key: value.to(context.device) for key, value in encoder.text.tokenize(titles).items()}
-        return module(pixels.to(context.device), tokens)
+    name: PhaseName = "text"
+    frozen_statistics = False
 
-    def losses() -> Iterator[Tensor]:
-        for pixels, titles in context.data.pairs(rows, num_steps):
-            yield symmetric_info_nce(*embed(pixels, titles))
+    def __init__(self, context: Context) -> None:
+        self.context, self.num_steps = context, context.settings.text_dda_steps
+        text = context.encoder.text
+        self.module = (NextTokenModel(text) if text.causal else MaskedLanguageModel(text)).to(context.device)
+        self.source, self.broken = context.source("text"), set[int]()
+        self._vocabulary = text.tokenizer.get_vocab_size()
 
-    def measure() -> dict[str, float]:
-        pairs = [embed(*context.data.pair(batch))[:2] for batch in _evaluation_batches(context.items.held_out_both)]
-        if not pairs:
+    def groups(self) -> list[dict[str, Any]]:
+        settings = self.context.settings
+        return parameter_groups(self.module, settings.text_dda_learning_rate, settings.weight_decay)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, float]:
+        return self.module(*self._asked(titles_in(batch), None)), 0.0
+
+    def after_step(self) -> None:
+        pass
+
+    def measure(self) -> dict[str, Any]:
+        mean = SharedMean(self.context.device)
+        for number, rows in own_batches(self.context.items.held_out_title):
+            titles = titles_of(self.context.catalogue, rows)
+            generator = torch.Generator().manual_seed(self.context.share.seed * 1_000 + number)
+            for _ in range(1 if self.context.encoder.text.causal else _EVALUATION_DRAWS):
+                tokens, labels = self._asked(titles, generator)
+                mean.add(self.module(tokens, labels), int((labels != NOT_ASKED).sum()))
+        loss = mean.value()
+        return {} if loss is None else {"loss": loss, "perplexity": round(math.exp(min(loss, 50.0)), 3)}
+
+    def extra(self) -> dict[str, Any]:
+        return {"asked": "next words" if self.context.encoder.text.causal else "hidden words"}
+
+    def _asked(self, titles: list[str], generator: torch.Generator | None) -> tuple[dict[str, Tensor], Tensor]:
+        text = self.context.encoder.text
+        tokens = text.tokenize(titles)
+        if text.causal:
+            return self.context.on_device(tokens), next_tokens(tokens).to(self.context.device)
+        ratio = self.context.settings.text_mask_ratio
+        tokens, labels = mask_tokens(tokens, text.special, self._vocabulary, ratio, generator)
+        return self.context.on_device(tokens), labels.to(self.context.device)
+
+
+class Alignment:
+    """DMA: symmetric contrast of images and titles over all workers; items of equal title or picture are no negatives of
+    each other. Held-out measure: recall@{1, 10} from images to titles and back.
+    """
+
+    name: PhaseName = "alignment"
+    frozen_statistics = True
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.num_steps = context, context.settings.dma_steps
+        self.module = ImageTextAligner(context.encoder, context.settings.temperature).to(context.device)
+        self.source, self.broken = context.source("alignment"), set[int]()
+
+    def groups(self) -> list[dict[str, Any]]:
+        settings, encoder = self.context.settings, self.context.encoder
+        heads = [*encoder.image_projection.parameters(), *encoder.text_projection.parameters(), self.module.log_scale]
+        return [
+            *parameter_groups(encoder.tower_parameters(), settings.dma_tower_learning_rate, settings.weight_decay),
+            *parameter_groups(heads, settings.dma_learning_rate, settings.weight_decay),
+        ]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, float]:
+        tokens = self.context.tokens(titles_in(batch))
+        image, text, scale = self.module(torch.tensor(batch["pixels"]).to(self.context.device), tokens)
+        keys = torch.tensor(batch["keys"]).to(self.context.device)
+        all_keys = gather(keys)
+        pairs = equal_content_pairs(keys, all_keys)
+        return symmetric_info_nce(image, text, scale, mask=pairs), chance_loss(pairs, len(keys), len(all_keys))
+
+    def after_step(self) -> None:
+        self.module.clamp()
+
+    def measure(self) -> dict[str, Any]:
+        """Broken pictures take no part."""
+        held_out = self.context.items.held_out_both
+        if not len(held_out):
             return {}
-        image, text = (torch.cat(side) for side in zip(*pairs, strict=True))
-        recall = alignment_recall(image, text, RECALL_AT)
-        return {f"recall_at_{RECALL_AT}": round(recall, 5), "chance": round(min(1.0, RECALL_AT / len(image)), 5)}
+        rows = shared_rows(len(held_out), lambda numbers: self._embedded(held_out[numbers]))
+        fine = rows[:, -1] == 1
+        image, text = rows[fine, :-1].chunk(2, dim=1)
+        keys = torch.from_numpy(content_keys(self.context.catalogue, held_out)).to(fine.device)[fine]
+        return alignment_recalls(image, text, keys) if len(image) else {}
 
-    result = _phase(context, "alignment", module, losses(), measure, num_steps)
-    return result | {"temperature": round(float(torch.exp(-module.log_scale.detach())), 5)}
+    def extra(self) -> dict[str, Any]:
+        return {"temperature": round(float(torch.exp(-self.module.log_scale.detach())), 5)}
 
-
-def _phase(
-    context: Context,
-    name: str,
-    module: nn.Module,
-    losses: Iterable[Tensor],
-    measure: Callable[[], dict[str, float]],
-    num_steps: int,
-) -> dict[str, Any]:
-    def measured() -> dict[str, float]:
-        module.eval()
-        with torch.no_grad():
-            return measure()
-
-    before = measured()
-    module.train()
-    torch.manual_seed(context.seed * 1_000 + PHASES.index(name) * 100 + context.rank)  # dropout differs between ranks
-    curve = _fit(module, losses, num_steps, context.settings, f"pre-training, {name}", show=context.rank == 0)
-    return {"losses": curve, "before": before, "after": measured()}
-
-
-def _fit(
-    module: nn.Module,
-    losses: Iterable[Tensor],
-    num_steps: int,
-    settings: Pretraining,
-    label: str,
-    show: bool,
-) -> list[list[float]]:
-    """Minimise what `losses` yields, one loss per step, over all workers; returns the curve as [step, loss]."""
-    optimizer = torch.optim.AdamW(parameter_groups(module, settings.learning_rate, settings.weight_decay))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, num_steps, settings.warmup_ratio)
-    )
-    curve: list[list[float]] = []
-    every = max(1, num_steps // _CURVE_POINTS)
-    progress = Progress(label, num_steps, "steps") if show else None
-    for step, loss in enumerate(losses):
-        check_finite(loss.detach(), step, f"loss of {label}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        average_gradients(module.parameters())
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % every == 0 or step == num_steps - 1:
-            curve.append([step, round(float(loss.detach()), 5)])
-        if progress is not None:
-            progress.add(1, f"loss {curve[-1][1]:.3f}")
-    return curve
-
-
-class _Mean:
-    """A weighted mean of batch means."""
-
-    def __init__(self) -> None:
-        self._sum = self._weight = 0.0
-
-    def add(self, mean: float, weight: int) -> None:
-        self._sum += mean * weight
-        self._weight += weight
-
-    def value(self) -> float:
-        return round(self._sum / max(self._weight, 1.0), 5)
-
-
-def _generator(context: Context, phase: str) -> torch.Generator:
-    """Random numbers for the masks of one phase and rank."""
-    return torch.Generator().manual_seed(context.seed * 1_000 + PHASES.index(phase) * 100 + context.rank)
-
-
-def _evaluation_batches(rows: np.ndarray) -> list[np.ndarray]:
-    return [rows[start : start + _EVALUATION_BATCH] for start in range(0, len(rows), _EVALUATION_BATCH)]
+    def _embedded(self, rows: np.ndarray) -> Tensor:
+        """(n, 2 D + 1): h^img, h^txt, and 1 where the picture could be decoded."""
+        pixels, fine = self.context.pictures.take(rows)
+        self.broken.update(rows[~fine].tolist())
+        tokens = self.context.tokens(titles_of(self.context.catalogue, rows))
+        image, text, _ = self.module(torch.from_numpy(pixels).to(self.context.device), tokens)
+        return torch.cat([image.float(), text.float(), torch.from_numpy(fine).to(image)[:, None]], dim=1)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mim_ray import artifacts
 from mim_ray.config import Scenario, load_scenario
+from mim_ray.config.scenario import ENCODER_FOLDERS
 from mim_ray.errors import ArtifactError, ConfigError
 
 
@@ -65,10 +66,9 @@ class Served:
                 f"{extraction} holds no finished extraction, so there is nothing to serve. Run jobs/run_all.py with the "
                 "same config and run.root first, or give the run.root of a finished run."
             )
-        stage = scenario.extraction.encoder
         return cls(
             ctr=f"{root}/ctr/{_variant(scenario)}",
-            encoder=f"{root}/pretraining/untrained" if stage == "untrained" else f"{root}/{stage}/encoder",
+            encoder=f"{root}/{ENCODER_FOLDERS[scenario.extraction.encoder]}",
             snapshot=str(manifest.metrics["snapshot"]),
             center=f"{root}/center",
             behaviors=f"{root}/samples/behaviors",

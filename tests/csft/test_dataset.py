@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mim_ray.config.scenario import Csft, Data
-from mim_ray.csft.dataset import CHUNK_PAIRS, PAIR_COLUMNS, PairBatch, PairBatches, PairChunks, PairReader, Position
+from mim_ray.csft.chunks import CHUNK_PAIRS, PAIR_COLUMNS, PairChunks, PairReader
+from mim_ray.csft.dataset import PairBatch, PairBatches, Position
 from mim_ray.csft.items import ItemLoader
 from mim_ray.csft.user_items import UserItems
 from mim_ray.data.catalogue import Catalogue, write_catalogue

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mim_ray.config.scenario import Data
-from mim_ray.csft.dataset import Pairs
+from mim_ray.csft.chunks import Pairs
 from mim_ray.csft.items import GalleryChunks, ItemLoader, Items, eligible
 from mim_ray.csft.retrieval import HeldOut, ages, ahead_and_tied, embed_items, mean_drift, measure
 from mim_ray.data.catalogue import Catalogue

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mim_ray.csft.negatives import HardNegativeSampler
+from mim_ray.csft.hard_negatives import HardNegativeSampler
 from mim_ray.csft.sampling import log_q, pair_counts, sampling_rates
 from mim_ray.data.catalogue import Catalogue
 

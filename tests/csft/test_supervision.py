@@ -10,7 +10,7 @@ import torch
 from mim_ray.config.scenario import Csft
 from mim_ray.csft.negatives import PastBatches
 from mim_ray.csft.objective import LocalBatch
-from mim_ray.csft.supervision import Objective, Supervision, make_objective, pair_signal
+from mim_ray.csft.supervision import Objective, Supervision, make_objective
 from mim_ray.errors import DataError
 
 
@@ -57,7 +57,7 @@ def test_the_setting_names_the_same_choices() -> None:
 
 
 def test_signals_of_the_pairs() -> None:
-    signals = {name: pair_signal(name) for name in get_args(Supervision)}
+    signals = {name: Csft(supervision=name).pair_signal for name in get_args(Supervision)}
     assert signals == {
         "category": "any", "click-binary": "click", "purchase-binary": "purchase", "click": "click",
         "purchase": "purchase", "any": "any",

@@ -6,8 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mim_ray.data import batches
-from mim_ray.data.batches import RowBatches, catalogue_batches, ordered_batches, prefetch
-from mim_ray.data.catalogue import Catalogue, write_catalogue
+from mim_ray.data.batches import RowBatches, ordered_batches, prefetch
 from mim_ray.errors import DataError
 
 
@@ -126,18 +125,3 @@ def test_prefetch_raises_the_producers_error_and_stops_with_the_consumer():
     assert next(endless) == 0
     endless.close()
     assert len(made) < 20
-
-
-def test_catalogue_batches_cover_the_items_and_resume(tmp_path):
-    write_catalogue(str(tmp_path), [pa.table({"item_id": [f"i{i}" for i in range(100)]})])
-    catalogue = Catalogue.open(str(tmp_path))
-    ranks = [list(catalogue_batches(catalogue, None, 10, 0, rank, 2, 10)) for rank in range(2)]
-    for epoch in (0, 1):
-        rows = np.concatenate([batch for rank in ranks for batch in rank[5 * epoch : 5 * epoch + 5]])
-        assert sorted(rows) == list(range(100))
-    rest = list(catalogue_batches(catalogue, None, 10, 0, 1, 2, 10, start_step=7))
-    assert [batch.tolist() for batch in rest] == [batch.tolist() for batch in ranks[1][7:]]
-    few = list(catalogue_batches(catalogue, np.array([3, 4, 5]), 10, 0, 1, 2, 2))
-    assert [len(batch) for batch in few] == [1, 1]
-    with pytest.raises(DataError):
-        next(catalogue_batches(catalogue, np.array([], int), 10, 0, 0, 1, 1))

@@ -102,6 +102,7 @@ def test_the_snapshot_names_the_encoder_that_made_it(run: tuple[Path, dict[str, 
 def test_without_taste_for_style_content_finds_nothing(ray_cluster: None, tmp_path: Path) -> None:
     """The negative control. `test_the_report_holds_every_figure_of_the_chain` shows that a shop of this size has the power."""
     settings = ["synthetic.style_share=0", "ciubm.variants=[sim-base, sim-mim]", "ciubm.seeds=[0, 1]"]
+    settings += [f"{stage}.{key}" for stage in ("pretraining", "csft") for key in ("num_workers=1", "in_driver=true")]
     chain = pipeline(load_scenario("tiny", [f"run.root={tmp_path}", *SMALL, *settings]))
     gain = chain.run(["evaluation"])["evaluation"].metrics["differences"]["sim-mim"]["auc"]
     assert gain["low"] <= 0 <= gain["high"]

@@ -97,3 +97,21 @@ def test_an_interrupted_attempt_with_other_settings_is_not_resumed(
     chain(recorder, tmp_path, "csft.steps=7").run(["second"])
     assert before
     assert not any(path.exists() for path in before)
+
+
+def test_an_interrupted_attempt_goes_on_with_another_number_of_workers(
+    ray_cluster: None, recorder: Recorder, tmp_path: Path
+) -> None:
+    recorder.fail = "second"
+    with pytest.raises(RuntimeError, match="killed"):
+        chain(recorder, tmp_path).run(["second"])
+    before = list((tmp_path / "second").glob("partial-*"))
+    recorder.fail = None
+    first = chain(recorder, tmp_path)
+    first.run(["first"])
+    other = chain(recorder, tmp_path, "csft.num_workers=3")
+    other.run(["second"])
+    assert before
+    assert all(path.exists() for path in before)
+    assert other.finished("second") is not None
+    assert first.finished("second") is None  # the outcome is that of three workers

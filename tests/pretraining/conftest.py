@@ -74,15 +74,21 @@ def scenario() -> Scenario:
                     "num_hidden_layers": 1,
                     "num_attention_heads": 2,
                     "intermediate_size": 48,
+                    "initializer_range": 0.2,  # so small a random tower needs larger weights than BERT
                 },
             },
         },
         "pretraining": {
+            "num_decoders": 0,
             "batch_size": 32,
             "vision_dda_steps": 20,
             "text_dda_steps": 30,
             "dma_steps": 60,
-            "learning_rate": 5e-3,
+            "vision_dda_learning_rate": 5e-3,
+            "text_dda_learning_rate": 5e-3,
+            "dma_learning_rate": 5e-3,
+            "dma_tower_learning_rate": 5e-3,
+            "temperature": 0.3,
             "threads_per_worker": 1,
         },
     }

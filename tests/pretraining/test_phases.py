@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,21 +9,22 @@ from mim_ray.data.transforms import PictureFormat
 from mim_ray.encoders.item_encoder import ItemEncoder
 from mim_ray.encoders.tokenizer import train_tokenizer
 from mim_ray.errors import NonFiniteLossError
-from mim_ray.pretraining.dataset import Pictures, PretrainingData, Share, choose_items, titles_of
+from mim_ray.pretraining import phases
+from mim_ray.pretraining.dataset import Content, Share, choose_items, titles_of
 from mim_ray.pretraining.phases import Context, pretrain
 
 CUT_US = 1_000_000
 
 
-def context_of(scenario, catalogue, **changes) -> Context:
+def context_of(scenario, catalogue, text: dict[str, Any] | None = None, **changes) -> Context:
     settings = scenario.pretraining.model_copy(update=changes)
-    items = choose_items(catalogue, CUT_US)
-    tokenizer = train_tokenizer(titles_of(catalogue, items.with_title), 100)
-    data = PretrainingData(
-        catalogue, Pictures(catalogue, PictureFormat(16, "squash"), 10**6, 10**7), Share(32, 0, 0, 1)
-    )
-    encoder = ItemEncoder.build(scenario.encoders, tokenizer, 0)
-    return Context(encoder, data, items, settings, seed=0, rank=0, device=torch.device("cpu"))
+    tokenizer = train_tokenizer(titles_of(catalogue, choose_items(catalogue, CUT_US).with_title), 100)
+    encoders = scenario.encoders
+    if text is not None:
+        encoders = encoders.model_copy(update={"text": encoders.text.model_copy(update=text)})
+    encoder = ItemEncoder.build(encoders, tokenizer, 0)
+    content = Content(str(catalogue._folder), PictureFormat(16, "squash"), 10**6, 10**7, CUT_US)
+    return Context(encoder, content, settings, Share(32, 0, 0, 1), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +33,19 @@ def trained(scenario, catalogue):
     context = context_of(scenario, catalogue)
     before = {key: value.clone() for key, value in context.encoder.state_dict().items()}
     kept: list[list[str]] = []
-    metrics = pretrain(context, after_phase=lambda metrics: kept.append(list(metrics)))
+    metrics = pretrain(context, after_phase=lambda finished: kept.append(list(finished.metrics)))
     return context, before, metrics, kept
 
 
 def test_each_phase_lowers_its_loss_and_improves_its_held_out_measure(trained):
-    metrics = trained[2]
-    assert metrics["image"]["after"]["reconstruction"] < 0.9 * metrics["image"]["before"]["reconstruction"]
-    assert metrics["text"]["after"]["perplexity"] < 0.5 * metrics["text"]["before"]["perplexity"]
-    assert metrics["alignment"]["after"]["recall_at_10"] > metrics["alignment"]["before"]["recall_at_10"] + 0.1
-    for phase in metrics.values():
+    image, text, alignment = trained[2].values()
+    assert image["after"]["reconstruction"] < 0.9 * image["before"]["reconstruction"]
+    assert text["after"]["perplexity"] < 0.5 * text["before"]["perplexity"]
+    assert text["asked"] == "hidden words"
+    for direction in ("image_to_text", "text_to_image"):
+        assert alignment["after"][f"{direction}_recall@10"] > alignment["before"][f"{direction}_recall@10"] + 0.1
+    assert alignment["last_loss"] < alignment["chance_loss"]
+    for phase in trained[2].values():
         assert phase["losses"][-1][1] < phase["losses"][0][1]
         assert phase["losses"][0][0] == 0
 
@@ -56,6 +61,16 @@ def test_fusion_is_left_to_c_sft(trained):
     assert changed == {"vision", "text", "image_projection", "text_projection"}
 
 
+def test_a_gpt_like_tower_learns_the_next_words(scenario, catalogue):
+    settings = {"n_embd": 24, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    context = context_of(
+        scenario, catalogue, {"model": "gpt2", "model_args": settings}, vision_dda_steps=0, dma_steps=0
+    )
+    text = pretrain(context)["text"]
+    assert text["asked"] == "next words"
+    assert text["after"]["perplexity"] < 0.2 * text["before"]["perplexity"]
+
+
 def test_the_same_seed_trains_the_same_encoder_again(trained, scenario, catalogue):
     context = context_of(scenario, catalogue)
     metrics = pretrain(context)
@@ -68,8 +83,8 @@ def test_a_run_cut_off_between_phases_ends_like_an_undisturbed_one(trained, scen
     context = context_of(scenario, catalogue)
     saved: dict = {}
 
-    def cut_off(metrics):
-        saved.update(metrics)
+    def cut_off(finished):
+        saved.update(finished.metrics)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -82,10 +97,40 @@ def test_a_run_cut_off_between_phases_ends_like_an_undisturbed_one(trained, scen
     assert all(torch.equal(value, expected[key]) for key, value in again.encoder.state_dict().items())
 
 
+@pytest.mark.parametrize("phase", ["MaskedImages", "Titles", "Alignment"])
+def test_a_run_cut_off_inside_a_phase_ends_like_an_undisturbed_one(
+    phase, scenario, catalogue, tmp_path, monkeypatch, capsys
+):
+    names = {"MaskedImages": "image", "Titles": "text", "Alignment": "alignment"}
+    steps = {"vision_dda_steps": 0, "text_dda_steps": 0, "dma_steps": 0}
+    own = {"MaskedImages": "vision_dda_steps", "Titles": "text_dda_steps", "Alignment": "dma_steps"}[phase]
+    changes = {**steps, own: 12, "checkpoint_every_steps": 5}
+    whole = context_of(scenario, catalogue, **changes)
+    expected = pretrain(whole)
+    kind = getattr(phases, phase)
+    original, seen = kind.loss, []
+
+    def dying(self, batch):
+        seen.append(batch["rows"].tolist())
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    monkeypatch.setattr(kind, "loss", dying)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(context_of(scenario, catalogue, **changes), checkpoints=str(tmp_path))
+    again = context_of(scenario, catalogue, **changes)
+    metrics = pretrain(again, checkpoints=str(tmp_path))
+    assert f"{names[phase]}: goes on from step 5 of 12" in capsys.readouterr().out
+    assert seen[8:11] == seen[5:8]  # the same rows
+    assert metrics[names[phase]]["losses"] == expected[names[phase]]["losses"]
+    state = whole.encoder.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in again.encoder.state_dict().items())
+
+
 def test_phases_without_steps_or_items_are_left_out(scenario, catalogue):
     context = context_of(scenario, catalogue, vision_dda_steps=0, text_dda_steps=1, dma_steps=1)
-    none = np.zeros(0, np.int64)
-    context = dataclasses.replace(context, items=dataclasses.replace(context.items, with_both=none))
+    context.items = dataclasses.replace(context.items, with_both=np.zeros(0, np.int64))
     assert list(pretrain(context)) == ["text"]
 
 
