@@ -141,6 +141,8 @@ def _fold(tower: Tower) -> None:
             layer.merge()
             parent, _, child = name.rpartition(".")
             setattr(tower.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(tower.net, "peft_config"):
+        del tower.net.peft_config  # peft's mark on the network
 
 
 @torch.no_grad()

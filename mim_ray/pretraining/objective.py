@@ -125,7 +125,7 @@ class MaskedLanguageModel(nn.Module):
         self.text = text
         self.words: nn.Embedding = text.net.get_input_embeddings()
         words_width = self.words.embedding_dim
-        self.head = nn.Sequential(nn.Linear(text.width, words_width), nn.GELU(), nn.LayerNorm(words_width))
+        self.head = nn.Sequential(nn.Linear(text.states_width, words_width), nn.GELU(), nn.LayerNorm(words_width))
         self.bias = nn.Parameter(torch.zeros(self.words.num_embeddings))
 
     def forward(self, tokens: Tokens, labels: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class NextTokenModel(nn.Module):
         self.text = text
         self.words: nn.Embedding = text.net.get_input_embeddings()
         width = self.words.embedding_dim
-        self.head = nn.Identity() if text.width == width else nn.Linear(text.width, width, bias=False)
+        self.head = nn.Identity() if text.states_width == width else nn.Linear(text.states_width, width, bias=False)
 
     def forward(self, tokens: Tokens, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the tokens that follow (`next_tokens`); 0 when none does."""

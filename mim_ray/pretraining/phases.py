@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim_ray.config.scenario import Pretraining
 from mim_ray.contrastive.gather import gather
 from mim_ray.contrastive.info_nce import symmetric_info_nce
 from mim_ray.encoders import ItemEncoder
 from mim_ray.encoders.text import Tokens
+from mim_ray.encoders.tuning import depth_groups, merge, prepare
 from mim_ray.pretraining.dataset import (
     PHASES,
     Batch,
@@ -113,6 +114,7 @@ def pretrain(
         phase = _phase(name, context)
         if phase is None:
             continue
+        prepare(context.encoder, context.settings, context.share.seed)
         folder = None if checkpoints is None else f"{checkpoints}/{name}"
         result = fit(
             phase,
@@ -121,6 +123,7 @@ def pretrain(
             checkpoints=folder,
             decoder_cpus=context.decoder_cpus,
         )
+        merge(context.encoder)
         metrics[name] = result | phase.extra() | {"seconds": round(time.monotonic() - start, 2)}
         after_phase(Finished(name, metrics, sorted(phase.broken)))
     context.encoder.eval()
@@ -128,15 +131,18 @@ def pretrain(
 
 
 def _phase(name: PhaseName, context: Context) -> MaskedImages | Titles | Alignment | None:
-    """The phase, or None where there is nothing to do: no steps, no items, or no [MASK] token to hide words behind."""
+    """The phase, or None where there is nothing to do: no steps, no items, for DDA a frozen tower, or no [MASK] token to hide
+    words behind."""
     settings, items, text = context.settings, context.items, context.encoder.text
     if not len(items.trained(name)):
         return None
     if name == "image":
-        return MaskedImages(context) if settings.vision_dda_steps else None
+        trains = settings.vision_dda_steps and settings.vision_tuning != "frozen"
+        return MaskedImages(context) if trains else None
     if name == "text":
         possible = text.causal or text.special.mask is not None
-        return Titles(context) if settings.text_dda_steps and possible else None
+        trains = settings.text_dda_steps and settings.text_tuning != "frozen"
+        return Titles(context) if trains and possible else None
     return Alignment(context) if settings.dma_steps else None
 
 
@@ -155,7 +161,8 @@ class MaskedImages:
 
     def groups(self) -> list[dict[str, Any]]:
         settings = self.context.settings
-        return parameter_groups(self.module, settings.vision_dda_learning_rate, settings.weight_decay)
+        rate = settings.vision_dda_learning_rate
+        return depth_groups(self.module, rate, settings.weight_decay, settings.layer_decay)
 
     def loss(self, batch: Batch) -> tuple[Tensor, float]:
         return self._masked(torch.tensor(batch["pixels"]), None), 0.0
@@ -202,7 +209,8 @@ class Titles:
 
     def groups(self) -> list[dict[str, Any]]:
         settings = self.context.settings
-        return parameter_groups(self.module, settings.text_dda_learning_rate, settings.weight_decay)
+        rate = settings.text_dda_learning_rate
+        return depth_groups(self.module, rate, settings.weight_decay, settings.layer_decay)
 
     def loss(self, batch: Batch) -> tuple[Tensor, float]:
         return self.module(*self._asked(titles_in(batch), None)), 0.0
@@ -251,7 +259,12 @@ class Alignment:
         settings, encoder = self.context.settings, self.context.encoder
         heads = [*encoder.image_projection.parameters(), *encoder.text_projection.parameters(), self.module.log_scale]
         return [
-            *parameter_groups(encoder.tower_parameters(), settings.dma_tower_learning_rate, settings.weight_decay),
+            *depth_groups(
+                nn.ModuleList([encoder.vision, encoder.text]),
+                settings.dma_tower_learning_rate,
+                settings.weight_decay,
+                settings.layer_decay,
+            ),
             *parameter_groups(heads, settings.dma_learning_rate, settings.weight_decay),
         ]
 
