@@ -141,6 +141,8 @@ def _fold(tower: Tower) -> None:
             layer.merge()
             parent, _, child = name.rpartition(".")
             setattr(tower.get_submodule(parent), child, layer.get_base_layer())
+    if hasattr(tower.net, "peft_config"):
+        del tower.net.peft_config  # peft's mark on the network
 
 
 @torch.no_grad()
@@ -173,7 +175,7 @@ def _checkpoint_gradients(tower: Tower, enable: bool) -> None:
         if hasattr(net, "gradient_checkpointing_enable"):  # transformers
             if enable:
                 net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            elif net.is_gradient_checkpointing:
+            else:
                 net.gradient_checkpointing_disable()
         elif enable or hasattr(net, "set_grad_checkpointing"):
             net.set_grad_checkpointing(enable)

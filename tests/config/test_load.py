@@ -1,4 +1,5 @@
 import pytest
+import timm
 
 from mim_ray.config import Scenario, load_scenario
 from mim_ray.config.load import describe_keys, scenario_names
@@ -8,6 +9,16 @@ from mim_ray.errors import ConfigError
 @pytest.mark.parametrize("name", scenario_names())
 def test_every_shipped_scenario_loads(name: str) -> None:
     assert load_scenario(name).name == name
+
+
+def test_the_papers_scenario_has_its_encoders_and_numbers() -> None:
+    scenario = load_scenario("mim")
+    vision, text = scenario.encoders.vision, scenario.encoders.text
+    assert (vision.model, text.model) == ("eva02_base_patch14_224", "BAAI/bge-base-en-v1.5")
+    assert vision.weights == text.weights == "hub"
+    assert timm.get_pretrained_cfg(vision.model).hf_hub_id == "timm/eva02_base_patch14_224.mim_in22k"
+    assert (scenario.csft.batch_size, scenario.csft.num_past_batches) == (1_024, 10)
+    assert (scenario.csft.text_loss_weight, scenario.csft.image_loss_weight) == (0.5, 0.5)
 
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults() -> None:

@@ -120,6 +120,26 @@ def test_cached_gradients_train_like_the_whole_batch(
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
+def test_lora_trains_checkpoints_and_leaves_the_plain_architecture(
+    scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path
+) -> None:
+    tuned = with_csft(scenario, vision_tuning="lora", text_tuning="frozen", lora_rank=2, steps=4)
+    trainer = make_trainer(tuned, samples, encoder_uri, str(tmp_path))
+    trainer.held_out = None
+    trainer.train()
+    resumed = make_trainer(tuned, samples, encoder_uri, str(tmp_path))
+    resumed.held_out = None
+    resumed.resume()
+    assert resumed.step == 3
+    resumed.train()
+    before, after = (ItemEncoder.load(uri).state_dict() for uri in (encoder_uri, f"{tmp_path}/encoder"))
+    assert list(before) == list(after)
+    changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert "vision" in changed
+    assert "text" not in changed
+    assert all(torch.equal(after[key], value) for key, value in trainer.encoder.state_dict().items())
+
+
 def test_a_checkpoint_of_another_number_of_workers_goes_on_and_says_what_differs(
     scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

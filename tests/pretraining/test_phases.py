@@ -72,6 +72,33 @@ def test_a_gpt_like_tower_learns_the_next_words(scenario, catalogue):
     assert text["after"]["perplexity"] < 0.2 * text["before"]["perplexity"]
 
 
+def test_lora_and_frozen_towers_leave_the_plain_architecture(scenario, catalogue):
+    tuning = {
+        "vision_tuning": "lora",
+        "text_tuning": "frozen",
+        "lora_rank": 2,
+        "layer_decay": 0.8,
+        "precision": "bfloat16",
+    }
+    context = context_of(scenario, catalogue, vision_dda_steps=3, dma_steps=3, **tuning)
+    before = {key: value.clone() for key, value in context.encoder.state_dict().items()}
+    metrics = pretrain(context)
+    assert list(metrics) == ["image", "alignment"]  # DDA leaves a frozen tower out
+    after = context.encoder.state_dict()
+    assert list(after) == list(before)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert {key.split(".")[0] for key in changed} == {"vision", "image_projection", "text_projection"}
+    assert any("mlp" in key for key in changed)
+
+
+def test_an_open_clip_text_tower_learns_the_next_words(scenario, catalogue):
+    text = {"model": "open_clip:ViT-B-32", "model_args": {"width": 16, "layers": 1, "heads": 2, "embed_dim": 12}}
+    context = context_of(scenario, catalogue, text, vision_dda_steps=0, text_dda_steps=2, dma_steps=2)
+    metrics = pretrain(context)
+    assert metrics["text"]["asked"] == "next words"
+    assert metrics["alignment"]["last_loss"] > 0
+
+
 def test_the_same_seed_trains_the_same_encoder_again(trained, scenario, catalogue):
     context = context_of(scenario, catalogue)
     metrics = pretrain(context)
