@@ -173,8 +173,13 @@ def _checkpoint_gradients(tower: Tower, enable: bool) -> None:
     net = tower.net
     try:
         if hasattr(net, "gradient_checkpointing_enable"):  # transformers
-            if enable:
+            newer = hasattr(net, "activation_checkpointing_enable")  # its name in later releases of transformers 5
+            if enable and newer:
+                net.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            elif enable:
                 net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            elif newer:
+                net.activation_checkpointing_disable()
             else:
                 net.gradient_checkpointing_disable()
         elif enable or hasattr(net, "set_grad_checkpointing"):
