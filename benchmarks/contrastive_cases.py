@@ -93,7 +93,7 @@ def against_dense(*, num_queries: int, num_past_batches: int, width: int, budget
     size = {"queries": num_queries, "negatives": 2 * num_queries * (num_past_batches + 1) - 1, "width": width}
     steps = [batch.step(loss) for loss in (tiled_loss, dense_loss, split_dense_loss)]
     ours, dense, split = seconds_in_turn(*steps, budget_s=budget_s)
-    bytes_ours, bytes_dense, bytes_split = (peak_bytes(step) for step in steps)
+    bytes_ours, bytes_dense, bytes_split = (peak_bytes(step, batch.leaves) for step in steps)
     return {
         "time_vs_dense": ratio(ours, dense) | size,
         "time_vs_split_dense": ratio(ours, split) | size,
@@ -114,7 +114,7 @@ def paper_size_memory(*, num_queries: int, width: int, workers: int = PAPER_WORK
         part.copy_(units.roll(age, dims=1))  # other vectors, without drawing 200 million numbers
     del units
     batch = Batch(batch.queries, batch.fresh, past, batch.scale)
-    peak = peak_bytes(batch.step(tiled_loss))
+    peak = peak_bytes(batch.step(tiled_loss), batch.leaves)
     embeddings = sum(part.numel() * part.element_size() for part in (batch.queries, batch.fresh, past))
     return {
         "value": _mb(peak),

@@ -53,7 +53,7 @@ def pytorch_metric_learning(
             "negatives": num_candidates - 1,
             "width": width,
             "time": ratio(*seconds),
-            "memory": memory_ratio(peak_bytes(ours), peak_bytes(theirs)),
+            "memory": memory_ratio(*(peak_bytes(step, batch.leaves) for step in (ours, theirs))),
             "loss_difference": difference,
         }
     return found
@@ -83,7 +83,7 @@ def sentence_transformers(
     with torch.no_grad():
         difference = abs(float(tiled_loss(batch)) - float(steps[best]()))
     seconds = seconds_in_turn(ours, steps[best], budget_s=budget_s, least=2, warm_up=False)
-    leanest = min(peak_bytes(step) for step in steps.values())
+    leanest = min(peak_bytes(step, batch.leaves) for step in steps.values())
     return {
         "queries": num_queries,
         "negatives": num_candidates - 1,
@@ -91,7 +91,7 @@ def sentence_transformers(
         "mini_batch_size": best,
         "seconds_by_mini_batch_size": {str(size): round(second, 4) for size, second in tried.items()},
         "time": ratio(*seconds),
-        "memory": memory_ratio(peak_bytes(ours), leanest) | {"other_mini_batch_size": "the leaner one"},
+        "memory": memory_ratio(peak_bytes(ours, batch.leaves), leanest) | {"other_mini_batch_size": "the leaner one"},
         "loss_difference": difference,
     }
 

@@ -21,7 +21,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "k = 0": ("csft.num_past_batches=0",),
     "no hard negatives": ("csft.hard_negatives=false",),
     "k = 0, no hard negatives (no ST-NSG)": ("csft.num_past_batches=0", "csft.hard_negatives=false"),
-    "one level (q to MM only)": ("csft.text_loss_weight=0", "csft.image_loss_weight=0"),
+    "one level (q to MM only)": ("csft.multi_level=false",),
     "concat instead of TFN": ("encoders.fusion=concat",),  # last: it needs towers of its own
 }
 SETTINGS = ("csft.num_past_batches=10", "csft.held_out_ratio=0.1")

@@ -99,7 +99,7 @@ def worker(rank: int, port: int, result: Path, size: Size) -> None:
         }
         theirs = _step(_open_clip_loss(rank, size.num_workers), *leaves)
         seconds = _paired_seconds(ours, theirs, size.budget_s)
-        peaks = [_most(peak_bytes(step)) for step in (ours, theirs)]
+        peaks = [_most(peak_bytes(step, leaves)) for step in (ours, theirs)]
         found["time_vs_open_clip"] = ratio(*seconds) | shape
         found["memory_vs_open_clip"] = {
             "value": round(peaks[0] / peaks[1], 4),

@@ -58,8 +58,13 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def peak_bytes(step: Step) -> int:
-    """Most bytes that torch had allocated at once during the step, beyond what was there when it began."""
+def peak_bytes(step: Step, leaves: Sequence[torch.Tensor]) -> int:
+    """Most bytes that torch had allocated at once during the step, beyond what was there when it began.
+
+    The gradients of `leaves` are dropped before: what the step before left must not be released, and so gained, in this one.
+    """
+    for leaf in leaves:
+        leaf.grad = None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     return peak_of_profile(profile)

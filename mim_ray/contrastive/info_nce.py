@@ -216,7 +216,7 @@ class _Rows(torch.autograd.Function):
         grad_scale = (grad * (units * pull).sum(1)).sum() if ctx.needs_input_grad[2] else None
         grad_queries = grad_fresh = None
         if ctx.needs_input_grad[0]:
-            grad_queries = pass_normalize_(pull.mul_((grad * scale).unsqueeze(1)), units, query_inverse)
+            grad_queries = pass_normalize_(pull.mul_((grad * scale).unsqueeze(1)), queries, query_inverse)
         del pull
         if ctx.needs_input_grad[1]:
             grad_fresh = _grad_fresh(ctx, units, grad)
@@ -244,7 +244,7 @@ def _grad_fresh(ctx: Any, units: Tensor, grad: Tensor) -> Tensor:
         torch.mm(logits.exp_().T, weighted, out=grad_fresh[start:stop])
     grad_fresh.index_add_(0, positive, scaled.mul_(grad.unsqueeze(1)), alpha=-1.0)
     for start, stop in _tiles(len(fresh), 0, ctx.tile):
-        pass_normalize_(grad_fresh[start:stop], fresh[start:stop] * inverse[start:stop], inverse[start:stop])
+        pass_normalize_(grad_fresh[start:stop], fresh[start:stop], inverse[start:stop])
     return grad_fresh
 
 

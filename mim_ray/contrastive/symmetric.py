@@ -58,12 +58,12 @@ class _Symmetric(torch.autograd.Function):
         grads = [image.new_zeros(size) for _ in sides]  # of all workers' unit vectors, as this worker's loss asks
         hidden = None if mask is None else _pairs_by_tile(mask, len(image), rank, tile)
         sums = scale.new_zeros(2)  # of the losses, of the scale's gradient
+        everyone = image.new_empty((num_workers * len(image), image.shape[1]))  # one buffer for both directions
         for this, other in ((0, 1), (1, 0)):
-            everyone = _gather_units(sides[other], inverse[other])  # (P·B, D)
+            _gather_units(sides[other], inverse[other], everyone)
             sums += _one_direction(
                 sides[this], inverse[this], everyone, scale, hidden, tile, grads[this], grads[other], with_grad
             )
-            del everyone
         count = 2 * len(image)
         ctx.save_for_backward(image, text, *inverse, *grads, sums[1] / count)
         return sums[0] / count
@@ -72,9 +72,10 @@ class _Symmetric(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         image, text, image_inverse, text_inverse, image_grad, text_grad, scale_grad = ctx.saved_tensors
+        buffer = torch.empty_like(image_grad)  # one for both: gloo's threads may hold it a little longer than the call
         return (
-            _home(image_grad, grad, image, image_inverse),
-            _home(text_grad, grad, text, text_inverse),
+            _home(image_grad, grad, image, image_inverse, buffer),
+            _home(text_grad, grad, text, text_inverse, buffer),
             grad * scale_grad,
             None,
             None,
@@ -122,34 +123,32 @@ def _one_direction(
     return sums
 
 
-def _gather_units(vectors: Tensor, inverse: Tensor) -> Tensor:
-    """(B, D) of each worker -> (P·B, D) of length 1, in one buffer."""
+def _gather_units(vectors: Tensor, inverse: Tensor, everyone: Tensor) -> None:
+    """(B, D) of each worker -> all of them at length 1, into `everyone` (P·B, D)."""
     rank, num_workers = place()
-    everyone = vectors.new_empty((num_workers * len(vectors), vectors.shape[1]))
-    own = everyone.narrow(0, rank * len(vectors), len(vectors))
-    torch.mul(vectors, inverse, out=own)
-    if num_workers > 1:
-        dist.all_gather_into_tensor(everyone, own)
-    return everyone
-
-
-def _home(grads: Tensor, scale: Tensor, vectors: Tensor, inverse: Tensor) -> Tensor:
-    """The part of this worker's (B, D) vectors in what all workers ask, (P·B, D) on each."""
-    own = _summed_share(grads * scale, len(vectors))
-    return pass_normalize_(own, vectors * inverse, inverse)
-
-
-def _summed_share(grads: Tensor, num_rows: int) -> Tensor:
-    """(P·B, D) of each worker, added up -> this worker's (B, D)."""
-    rank, num_workers = place()
+    parts = everyone.split(len(vectors))
+    torch.mul(vectors, inverse, out=parts[rank])
     if num_workers == 1:
-        return grads
+        return
     if dist.get_backend() == "nccl":
-        own = grads.new_empty((num_rows, grads.shape[1]))
-        dist.reduce_scatter_tensor(own, grads)
-        return own
-    dist.all_reduce(grads)
-    return grads.narrow(0, rank * num_rows, num_rows).clone()
+        dist.all_gather_into_tensor(everyone, parts[rank])
+        return
+    for worker in range(num_workers):  # gloo gathers through a second buffer as large, and broadcasts in place
+        dist.broadcast(parts[worker], src=worker)
+
+
+def _home(grads: Tensor, scale: Tensor, vectors: Tensor, inverse: Tensor, buffer: Tensor) -> Tensor:
+    """This worker's (B, D) part in the sum of what all workers ask, (P·B, D) on each, as the gradient of its vectors."""
+    rank, num_workers = place()
+    torch.mul(grads, scale, out=buffer)
+    if num_workers > 1 and dist.get_backend() == "nccl":
+        own = torch.empty_like(vectors)
+        dist.reduce_scatter_tensor(own, buffer)
+    else:
+        if num_workers > 1:
+            dist.all_reduce(buffer)
+        own = buffer.narrow(0, rank * len(vectors), len(vectors)).clone()
+    return pass_normalize_(own, vectors, inverse)
 
 
 def _pairs_by_tile(mask: Tensor, num_queries: int, rank: int, tile: int) -> list[tuple[Tensor, Tensor]]:

@@ -175,7 +175,7 @@ def _checkpoint_gradients(tower: Tower, enable: bool) -> None:
         if hasattr(net, "gradient_checkpointing_enable"):  # transformers
             if enable:
                 net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            elif net.is_gradient_checkpointing:
+            else:
                 net.gradient_checkpointing_disable()
         elif enable or hasattr(net, "set_grad_checkpointing"):
             net.set_grad_checkpointing(enable)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from mim_ray.config.scenario import Pretraining
 from mim_ray.contrastive.gather import gather
 from mim_ray.contrastive.info_nce import symmetric_info_nce
-from mim_ray.encoders import ItemEncoder
+from mim_ray.encoders import ItemEncoder, tuning
 from mim_ray.encoders.text import Tokens
-from mim_ray.encoders.tuning import depth_groups, merge, prepare
 from mim_ray.pretraining.dataset import (
     PHASES,
     Batch,
@@ -111,10 +110,11 @@ def pretrain(
             continue
         start = time.monotonic()
         torch.manual_seed(context.share.seed * 1_000 + number)  # equal heads on all ranks
+        tuning.prepare(context.encoder, context.settings, context.share.seed)
         phase = _phase(name, context)
         if phase is None:
+            tuning.merge(context.encoder)
             continue
-        prepare(context.encoder, context.settings, context.share.seed)
         folder = None if checkpoints is None else f"{checkpoints}/{name}"
         result = fit(
             phase,
@@ -123,7 +123,7 @@ def pretrain(
             checkpoints=folder,
             decoder_cpus=context.decoder_cpus,
         )
-        merge(context.encoder)
+        tuning.merge(context.encoder)
         metrics[name] = result | phase.extra() | {"seconds": round(time.monotonic() - start, 2)}
         after_phase(Finished(name, metrics, sorted(phase.broken)))
     context.encoder.eval()
@@ -131,18 +131,15 @@ def pretrain(
 
 
 def _phase(name: PhaseName, context: Context) -> MaskedImages | Titles | Alignment | None:
-    """The phase, or None where there is nothing to do: no steps, no items, for DDA a frozen tower, or no [MASK] token to hide
-    words behind."""
+    """The phase, or None where there is nothing to do: no steps, no items, a frozen tower, no [MASK] to hide words behind."""
     settings, items, text = context.settings, context.items, context.encoder.text
     if not len(items.trained(name)):
         return None
     if name == "image":
-        trains = settings.vision_dda_steps and settings.vision_tuning != "frozen"
-        return MaskedImages(context) if trains else None
+        return MaskedImages(context) if settings.vision_dda_steps and not context.encoder.vision.frozen else None
     if name == "text":
         possible = text.causal or text.special.mask is not None
-        trains = settings.text_dda_steps and settings.text_tuning != "frozen"
-        return Titles(context) if trains and possible else None
+        return Titles(context) if settings.text_dda_steps and possible and not text.frozen else None
     return Alignment(context) if settings.dma_steps else None
 
 
@@ -161,8 +158,9 @@ class MaskedImages:
 
     def groups(self) -> list[dict[str, Any]]:
         settings = self.context.settings
-        rate = settings.vision_dda_learning_rate
-        return depth_groups(self.module, rate, settings.weight_decay, settings.layer_decay)
+        return tuning.depth_groups(
+            self.module, settings.vision_dda_learning_rate, settings.weight_decay, settings.layer_decay
+        )
 
     def loss(self, batch: Batch) -> tuple[Tensor, float]:
         return self._masked(torch.tensor(batch["pixels"]), None), 0.0
@@ -209,8 +207,9 @@ class Titles:
 
     def groups(self) -> list[dict[str, Any]]:
         settings = self.context.settings
-        rate = settings.text_dda_learning_rate
-        return depth_groups(self.module, rate, settings.weight_decay, settings.layer_decay)
+        return tuning.depth_groups(
+            self.module, settings.text_dda_learning_rate, settings.weight_decay, settings.layer_decay
+        )
 
     def loss(self, batch: Batch) -> tuple[Tensor, float]:
         return self.module(*self._asked(titles_in(batch), None)), 0.0
@@ -257,14 +256,10 @@ class Alignment:
 
     def groups(self) -> list[dict[str, Any]]:
         settings, encoder = self.context.settings, self.context.encoder
+        towers = nn.ModuleList([encoder.vision, encoder.text])
         heads = [*encoder.image_projection.parameters(), *encoder.text_projection.parameters(), self.module.log_scale]
         return [
-            *depth_groups(
-                nn.ModuleList([encoder.vision, encoder.text]),
-                settings.dma_tower_learning_rate,
-                settings.weight_decay,
-                settings.layer_decay,
-            ),
+            *tuning.depth_groups(towers, settings.dma_tower_learning_rate, settings.weight_decay, settings.layer_decay),
             *parameter_groups(heads, settings.dma_learning_rate, settings.weight_decay),
         ]
 

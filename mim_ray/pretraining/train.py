@@ -164,7 +164,7 @@ def _summary(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     for name, label in zip(PHASES, ("DDA, images", "DDA, titles", "DMA"), strict=True):
         if name not in phases:
-            rows.append((label, "left out: no steps, or nothing to train on"))
+            rows.append((label, "left out: no steps, nothing to train on, or a frozen tower"))
             continue
         rows += [(label, f"{text}, {format_seconds(phases[name]['seconds'])}") for text in _measures(phases[name])]
     return rows + _warnings(phases.get("alignment"))

@@ -4,6 +4,7 @@ import pytest
 
 from mim_ray import artifacts
 from mim_ray.config import Scenario, load_scenario
+from mim_ray.pipeline.graph import pipeline
 from mim_ray.pipeline.layout import Layout
 from mim_ray.pipeline.stages import Pipeline, Stage
 from mim_ray.runtime.summary import StageResult
@@ -115,3 +116,12 @@ def test_an_interrupted_attempt_goes_on_with_another_number_of_workers(
     assert all(path.exists() for path in before)
     assert other.finished("second") is not None
     assert first.finished("second") is None  # the outcome is that of three workers
+
+
+def test_each_encoder_of_table_3_has_its_folder_and_its_stage(tmp_path: Path) -> None:
+    layout = Layout("/root", "/data")
+    folders = [layout.encoder(stage) for stage in ("untrained", "dda", "pretraining", "csft")]
+    names = ("pretraining/untrained", "pretraining/dda", "pretraining/encoder", "csft/encoder")
+    assert folders == [f"/root/{name}" for name in names]
+    scenario = load_scenario("tiny", [f"run.root={tmp_path}", "extraction.encoder=dda"])
+    assert pipeline(scenario).stages["extraction"].parents == ("samples", "pretraining")

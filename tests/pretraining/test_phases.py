@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from mim_ray import artifacts
 from mim_ray.data.transforms import PictureFormat
 from mim_ray.encoders.item_encoder import ItemEncoder
 from mim_ray.encoders.tokenizer import train_tokenizer
@@ -153,6 +154,28 @@ def test_a_run_cut_off_inside_a_phase_ends_like_an_undisturbed_one(
     assert metrics[names[phase]]["losses"] == expected[names[phase]]["losses"]
     state = whole.encoder.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in again.encoder.state_dict().items())
+
+
+def test_with_another_number_of_workers_an_interrupted_phase_starts_again(scenario, catalogue, tmp_path, capsys):
+    changes = {"vision_dda_steps": 0, "text_dda_steps": 6, "dma_steps": 0, "checkpoint_every_steps": 4}
+    whole = context_of(scenario, catalogue, **changes)
+    expected = pretrain(whole, checkpoints=str(tmp_path))["text"]
+    (state,) = artifacts.list_files(str(tmp_path), "state.json")
+    values = artifacts.read_json(state)
+    artifacts.write_json(state, values | {"values": values["values"] * 3})
+    metrics = pretrain(context_of(scenario, catalogue, **changes), checkpoints=str(tmp_path))["text"]
+    assert "its checkpoint is of 3 workers, now there are 1; goes on from the end of" in capsys.readouterr().out
+    assert metrics["losses"] == expected["losses"]
+
+
+def test_a_frozen_tower_has_no_dda_and_stays_as_it_is(scenario, catalogue):
+    steps = {"vision_dda_steps": 1, "text_dda_steps": 1, "dma_steps": 1}
+    context = context_of(scenario, catalogue, vision_tuning="frozen", **steps)
+    before = {key: value.clone() for key, value in context.encoder.state_dict().items()}
+    assert list(pretrain(context)) == ["text", "alignment"]
+    after = context.encoder.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before if key.startswith("vision."))
+    assert set(after) == set(before)
 
 
 def test_phases_without_steps_or_items_are_left_out(scenario, catalogue):
