@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import peft  # noqa: F401  loads for seconds, so not inside the first test
 import pytest
 import torch
 from torch.nn import functional
