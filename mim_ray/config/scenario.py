@@ -141,9 +141,10 @@ class Vision(Section):
     """F_V, the image tower."""
 
     model: str = "eva02_base_patch14_224"
-    """A timm model name (paper: EVA-02)."""
+    """A timm model name (paper: EVA-02), or open_clip:NAME. docs/encoders.md lists Figure 5's."""
     weights: str | None = None
-    """Local folder with safetensors, or `hub` for timm's public weights. None: random initialisation ("untrained")."""
+    """Local folder with safetensors, `hub` for the model's public weights, or hub:OWNER/NAME. None: random initialisation
+    ("untrained")."""
     image_size: Annotated[int, Field(ge=16)] | None = None
     """Side of the square input, in pixels. Default: the model's own."""
     resize: Literal["shortest", "longest", "squash"] | None = None
@@ -157,9 +158,10 @@ class Text(Section):
     """F_L, the language tower."""
 
     model: str = "BAAI/bge-base-en-v1.5"
-    """A transformers hub name or local folder (paper: BGE), or a model type such as `bert` with model_args."""
+    """A transformers hub name or local folder (paper: BGE), a model type such as `bert` with model_args, or open_clip:NAME."""
     weights: str | None = None
-    """Local folder with safetensors, or `hub` to download `model`. None: random initialisation ("untrained")."""
+    """Local folder with safetensors, `hub` to download `model`, or hub:OWNER/NAME. None: random initialisation
+    ("untrained")."""
     max_tokens: Annotated[int, Field(ge=4)] = 64
     """Longer titles are cut."""
     vocabulary_size: Annotated[int, Field(ge=64)] = 8_000

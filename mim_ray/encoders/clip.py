@@ -167,6 +167,12 @@ def describe_text(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
             f"encoders.text.model = {model!r} has the text tower {config['text_cfg']['hf_model_name']} of transformers."
             " Name that model instead."
         )
+    unknown = set(config["text_cfg"].get("tokenizer_kwargs") or {}) - {"clean"}
+    if unknown:
+        raise ConfigError(
+            f"encoders.text.model = {model!r} wants its tokens prepared in a way that is not known here"
+            f" ({', '.join(sorted(unknown))}). Use another text tower; its image side can be used."
+        )
     values, embed_dim = _text_values(config, model_args)
     return {
         "model_type": "open_clip",

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -204,7 +205,9 @@ def encode_batch(
 
 
 def _refuse_other(uri: str, own: Encoders, wanted: Encoders) -> None:
-    ignored = {"vision": {"weights"}, "text": {"weights", "vocabulary_size"}}  # where a start came from
+    ignored: dict[str, Any] = {"vision": {"weights"}, "text": {"weights", "vocabulary_size"}}  # where a start came from
+    if wanted.fusion != "low_rank_tfn":
+        ignored["fusion_rank"] = True
     if own.model_dump(exclude=ignored) != wanted.model_dump(exclude=ignored):
         raise ArtifactError(
             f"{uri} holds {_describe(own)}, but the scenario asks for {_describe(wanted)}. Run pre-training again with"
@@ -218,4 +221,5 @@ def _describe(settings: Encoders) -> str:
     return (
         f"{args[0]} at {vision.image_size or 'its own'} px ({vision.resize or 'its own'} resize) + {args[1]} with {text.max_tokens} tokens,"
         f" width {settings.width}, {settings.fusion} {settings.fusion_hidden}"
+        f"{f' of rank {settings.fusion_rank}' if settings.fusion == 'low_rank_tfn' else ''}"
     )

@@ -86,6 +86,10 @@ def _check_folder(folder: Path, model: str) -> None:
         )
     if not (folder / "config.json").is_file():
         raise ArtifactError(f"{folder} has no config.json, which names the architecture of its weights. Add it.")
+    if (folder / "adapter_config.json").is_file():
+        raise ArtifactError(
+            f"{folder} holds an adapter for another model's weights. Merge it into them and give those."
+        )
     kind = read_config(folder / "config.json").get("model_type")
     if model in CONFIG_MAPPING_NAMES and kind != model:
         raise ArtifactError(

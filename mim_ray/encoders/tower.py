@@ -15,12 +15,14 @@ class Tower(nn.Module):
     Attributes:
         frozen: stays in evaluation mode (dropout off, BatchNorm statistics kept) even while the encoder trains.
         set_aside: parameters that train no more until `tuning.merge`.
+        checkpoints_gradients: computes layers again in the backward pass.
         precision: of the matrix products inside; weights and outputs are float32.
     """
 
     net: Any
     frozen = False
     set_aside: tuple[nn.Parameter, ...] = ()
+    checkpoints_gradients = False
     precision = torch.float32
 
     def train(self, mode: bool = True) -> Tower:

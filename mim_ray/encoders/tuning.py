@@ -170,22 +170,19 @@ def _called(tower: Tower, kinds: tuple[type[nn.Module], ...]) -> list[str]:
 
 def _checkpoint_gradients(tower: Tower, enable: bool) -> None:
     """Recompute layers in the backward pass instead of keeping what they computed."""
-    net = tower.net
+    if enable == tower.checkpoints_gradients:
+        return
+    net, verb = tower.net, "enable" if enable else "disable"
     try:
-        if hasattr(net, "gradient_checkpointing_enable"):  # transformers
-            newer = hasattr(net, "activation_checkpointing_enable")  # its name in later releases of transformers 5
-            if enable and newer:
-                net.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-            elif enable:
-                net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            elif newer:
-                net.activation_checkpointing_disable()
-            else:
-                net.gradient_checkpointing_disable()
-        elif enable or hasattr(net, "set_grad_checkpointing"):
+        if hasattr(net, "gradient_checkpointing_enable"):  # transformers, whose newer versions give it another name
+            switch = getattr(net, f"activation_checkpointing_{verb}", None) or getattr(
+                net, f"gradient_checkpointing_{verb}"
+            )
+            switch(*([{"use_reentrant": False}] if enable else []))
+        else:
             net.set_grad_checkpointing(enable)
     except (AttributeError, AssertionError, ValueError, NotImplementedError) as error:
-        if enable:
-            raise ConfigError(
-                f"{type(net).__name__} knows no gradient checkpointing ({error}). Set gradient_checkpointing=false."
-            ) from None
+        raise ConfigError(
+            f"{type(net).__name__} knows no gradient checkpointing ({error}). Set gradient_checkpointing=false."
+        ) from None
+    tower.checkpoints_gradients = enable

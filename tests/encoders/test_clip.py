@@ -156,3 +156,8 @@ def test_several_public_weights_need_a_tag():
 def test_a_transformers_text_tower_is_named_as_such():
     with pytest.raises(ConfigError, match=r"text tower roberta-base of transformers"):
         build_text(Text(model="open_clip:roberta-ViT-B-32"), None)
+
+
+def test_a_text_tower_with_an_unknown_preparation_is_refused():
+    with pytest.raises(ConfigError, match="strip_sep_token"):
+        build_text(Text(model="open_clip:ViT-L-14-CLIPA"), None)

@@ -167,3 +167,12 @@ def test_towers_and_heads_hold_every_parameter_once(encoder):
     parameters = [*encoder.tower_parameters(), *encoder.head_parameters()]
     assert {id(p) for p in parameters} == {id(p) for p in encoder.parameters()}
     assert len(parameters) == len({id(p) for p in parameters})
+
+
+def test_the_rank_of_low_rank_fusion_is_part_of_the_architecture(settings, tokenizer, tmp_path):
+    low = settings.model_copy(update={"fusion": "low_rank_tfn", "fusion_rank": 2})
+    ItemEncoder.build(low, tokenizer, 0).save(str(tmp_path), stage="csft")
+    with pytest.raises(ArtifactError, match=r"of rank 2, but .* of rank 3"):
+        ItemEncoder.load(str(tmp_path), low.model_copy(update={"fusion_rank": 3}))
+    ItemEncoder.build(settings, tokenizer, 0).save(str(tmp_path), stage="csft")
+    ItemEncoder.load(str(tmp_path), settings.model_copy(update={"fusion_rank": 3}))  # exact fusion has none

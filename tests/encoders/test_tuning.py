@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import peft  # noqa: F401  loads for seconds, so not inside the first test
 import pytest
 import torch
 from torch.nn import functional
@@ -108,6 +109,8 @@ def test_checkpointing_changes_no_gradient(name, tokenizer):
         torch.manual_seed(0)
         loss_of(encoder).backward()
         gradients.append({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})
+    prepare(encoder, Tuning(), seed=0)
+    assert not encoder.text.checkpoints_gradients
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, rtol=1e-4, atol=1e-6)
