@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Chunk = dict[str, np.ndarray]
 """Named arrays of any shapes; other values travel as JSON bytes (`json_array`)."""
 _SEGMENT = 1_024  # chunks of one Ray Data execution
-_BUFFER_BYTES = 256 * 2**20  # of finished chunks that wait, per pipeline
+_BUFFER_BYTES = 256 * 2**20  # of finished chunks that wait, per pipeline; an eighth of a small object store
 
 
 class ChunkSource(Protocol):
@@ -88,6 +88,8 @@ def _through_ray_data(
     import ray.data
 
     quiet_data()
+    store = int(ray.cluster_resources().get("object_store_memory", 0))
+    buffer = min(_BUFFER_BYTES, store // 8) if store else _BUFFER_BYTES
     while stop is None or start < stop:
         end = start + _SEGMENT if stop is None else min(stop, start + _SEGMENT)
         chunks = ray.data.read_datasource(
@@ -95,7 +97,7 @@ def _through_ray_data(
         )
         options = chunks.context.execution_options
         options.preserve_order = True
-        options.resource_limits = options.resource_limits.copy(object_store_memory=_BUFFER_BYTES)
+        options.resource_limits = options.resource_limits.copy(object_store_memory=buffer)
         try:
             for block in chunks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
                 rows = pa.table(block)
