@@ -199,62 +199,68 @@ def test_missing_pairs_and_a_wrong_encoder_are_refused(
 @pytest.mark.slow
 def test_a_worker_killed_in_mid_epoch_changes_neither_rows_nor_losses(
     ray_cluster: None, scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, gloo_workers: Callable[..., list[dict[str, Any]]],
 ) -> None:  # fmt: skip
     """Two workers, data through Ray Data; one kills itself at step 5, after the checkpoint of step 3."""
-    check_killed_run(scenario, samples, encoder_uri, tmp_path, monkeypatch, kills=[(1, 5)])
+    check_killed_run(scenario, samples, encoder_uri, tmp_path, monkeypatch, gloo_workers, [(1, 5)])
 
 
 @pytest.mark.ray
 @pytest.mark.chaos
 def test_any_worker_killed_at_any_step_changes_nothing(
     ray_cluster: None, scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, gloo_workers: Callable[..., list[dict[str, Any]]],
 ) -> None:  # fmt: skip
     """Every step of a run of 8 is a place to die, once on each worker, before and after the first checkpoint."""
     kills = [(step % 2, step) for step in range(8)] + [(0, 7)]
-    check_killed_run(scenario, samples, encoder_uri, tmp_path, monkeypatch, kills=kills)
+    check_killed_run(scenario, samples, encoder_uri, tmp_path, monkeypatch, gloo_workers, kills)
 
 
 def check_killed_run(
     scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    kills: list[tuple[int, int]],
+    gloo_workers: Callable[..., list[dict[str, Any]]], kills: list[tuple[int, int]],
 ) -> None:  # fmt: skip
+    """The undisturbed run is one of plain processes that read in threads: neither Ray Train nor Ray Data may matter."""
     two = with_csft(scenario, num_workers=2, max_failures=len(kills) + 1, num_decoders=1, held_out_ratio=0.0)
-    metrics, rows = {}, {}
-    for name, planned in (("undisturbed", []), ("killed", kills)):
-        folder = tmp_path / name
-        folder.mkdir()
-        monkeypatch.setattr(csft_train, "train_loop", dying_loop(str(folder), planned))
-        result = csft_train.run(
-            two, samples=samples, encoder=encoder_uri, output=f"{folder}/out", rejects=f"{folder}/rejects"
-        )
-        metrics[name] = result.metrics
-        assert len(list(folder.glob("died-*"))) == len(set(planned))  # the kills really happened
-        rows[name] = {
-            (rank, step): sorted({(folder / f"rows-{rank}-{step}-{n}").read_text() for n in range(len(kills) + 1)
-                                  if (folder / f"rows-{rank}-{step}-{n}").exists()})
-            for rank in range(2) for step in range(8)
-        }  # fmt: skip
+    (tmp_path / "undisturbed").mkdir()
+    (tmp_path / "killed").mkdir()
+    plain = with_csft(two, num_decoders=0)
+    config = csft_train.prepare(plain, samples=samples, encoder=encoder_uri, output=f"{tmp_path}/undisturbed/out")
+    note = dying_trainer(f"{tmp_path}/undisturbed", [])
+    curves = gloo_workers(lambda rank: {"curve": note(config).train()["curve"]}, 2)
+    monkeypatch.setattr(csft_train, "train_loop", dying_loop(f"{tmp_path}/killed", kills))
+    result = csft_train.run(
+        two, samples=samples, encoder=encoder_uri, output=f"{tmp_path}/killed/out", rejects=f"{tmp_path}/rejects"
+    )
+    assert len(list((tmp_path / "killed").glob("died-*"))) == len(set(kills))  # the kills really happened
+    rows = {name: rows_by_step(tmp_path / name) for name in ("undisturbed", "killed")}
     assert rows["killed"] == rows["undisturbed"]  # a repeated step saw the same rows again
-    assert all(len(seen) == 1 for seen in rows["killed"].values())
-    for (step, loss, *_), (other_step, other_loss, *_) in zip(
-        metrics["undisturbed"]["curve"], metrics["killed"]["curve"], strict=True
-    ):
+    assert set(rows["killed"]) == {(rank, step) for rank in range(2) for step in range(8)}
+    for (step, loss, *_), (other_step, other_loss, *_) in zip(curves[0]["curve"], result.metrics["curve"], strict=True):
         assert step == other_step
         assert loss == pytest.approx(other_loss, abs=1e-6)
     version = ItemEncoder.load(f"{tmp_path}/killed/out/encoder").encoder_version
-    assert version == metrics["killed"]["encoder_version"]
+    assert version == result.metrics["encoder_version"]
+    assert version == ItemEncoder.load(f"{tmp_path}/undisturbed/out/encoder").encoder_version
     assert not artifacts.exists(f"{tmp_path}/killed/out/train")
-    assert read_rejects(f"{tmp_path}/killed/rejects").num_rows == 0
+    assert read_rejects(f"{tmp_path}/rejects").num_rows == 0
 
 
-def dying_loop(folder: str, kills: list[tuple[int, int]]) -> Callable[[dict[str, Any]], None]:
-    """A train_loop that notes the rows of each step and kills its worker with SIGKILL at (rank, step), each once."""
+def rows_by_step(folder: Path) -> dict[tuple[int, int], set[str]]:
+    """What each worker saw at each step, over all attempts."""
+    seen: dict[tuple[int, int], set[str]] = {}
+    for file in folder.glob("rows-*"):
+        rank, step, _ = map(int, file.name.removeprefix("rows-").split("-"))
+        seen.setdefault((rank, step), set()).add(file.read_text())
+    return seen
 
-    def loop(config: dict[str, Any]) -> None:
+
+def dying_trainer(folder: str, kills: list[tuple[int, int]]) -> Callable[[dict[str, Any]], Any]:
+    """Makes a Trainer that notes the rows of each step and kills its worker with SIGKILL at (rank, step), each once."""
+
+    def make(config: dict[str, Any]) -> Any:
         from mim_ray.csft.trainer import Trainer
-        from mim_ray.training.run import rank, report
+        from mim_ray.training.run import rank
 
         class Dying(Trainer):
             def _step(self, batch: Any) -> list[float]:
@@ -268,7 +274,18 @@ def dying_loop(folder: str, kills: list[tuple[int, int]]) -> Callable[[dict[str,
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super()._step(batch)
 
-        trainer = Dying(config)
+        return Dying(config)
+
+    return make
+
+
+def dying_loop(folder: str, kills: list[tuple[int, int]]) -> Callable[[dict[str, Any]], None]:
+    make = dying_trainer(folder, kills)
+
+    def loop(config: dict[str, Any]) -> None:
+        from mim_ray.training.run import report
+
+        trainer = make(config)
         trainer.resume()
         report(trainer.train())
 

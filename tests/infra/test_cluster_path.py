@@ -23,6 +23,7 @@ TINIEST = (
     "pretraining.text_dda_steps=2",
     "pretraining.dma_steps=2",
     "csft.num_workers=1",
+    "csft.num_decoders=0",
     "csft.batch_size=16",
     "csft.steps=2",
 )
