@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from measuring import mean_interval
+
 from mim_ray.config import Scenario, load_scenario
 from mim_ray.runtime.progress import format_seconds
 
@@ -28,7 +30,6 @@ SETTINGS = ("csft.num_past_batches=10", "csft.held_out_ratio=0.1")
 ONE_WORKER = tuple(
     f"{stage}.{setting}" for stage in ("pretraining", "csft") for setting in ("num_workers=1", "in_driver=true")
 )
-_T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def measure_retrieval(work: Path, *, num_seeds: int, threads: int, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -116,8 +117,4 @@ def _summary(runs: list[dict[str, Any]], reference: list[float] | None) -> dict[
 
 
 def _mean_interval(values: list[float]) -> dict[str, float]:
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return {"mean": mean, "low": float("-inf"), "high": float("inf")}
-    half = _T_975.get(len(values) - 1, 1.96) * statistics.stdev(values) / len(values) ** 0.5
-    return {"mean": round(mean, 4), "low": round(mean - half, 4), "high": round(mean + half, 4)}
+    return dict(zip(("mean", "low", "high"), (round(value, 4) for value in mean_interval(values)), strict=True))

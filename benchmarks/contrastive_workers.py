@@ -27,7 +27,7 @@ from measuring import MEGABYTE, peak_bytes, ratio
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from mim_ray.contrastive.info_nce import symmetric_info_nce
+from mim_ray.contrastive.symmetric import symmetric_info_nce
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

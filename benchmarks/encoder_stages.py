@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
+
+from measuring import mean_interval
 
 from mim_ray import artifacts
 from mim_ray.config import Scenario, load_scenario
 
 STAGES = ("untrained", "dda", "pretraining", "csft")
 TITLES = {"untrained": "untrained", "dda": "+DDA", "pretraining": "+DDA+DMA", "csft": "+C-SFT"}
-_T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def main() -> None:
@@ -78,11 +78,9 @@ def table(found: dict[str, Any]) -> list[str]:
 
 def interval(values: list[float], signed: bool = False) -> str:
     """Mean [95 %, Student's t over the seeds]."""
-    mean, form = statistics.mean(values), "+.4f" if signed else ".4f"
-    if len(values) < 2:
-        return f"{mean:{form}}"
-    half = _T_975.get(len(values) - 1, 1.96) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
+    form = "+.4f" if signed else ".4f"
+    mean, low, high = mean_interval(values)
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def _run(scenario: Scenario, stage: str, backbone: str, work: Path) -> dict[str, Any]:

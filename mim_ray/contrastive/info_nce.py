@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mim_ray.contrastive.symmetric import symmetric_info_nce as symmetric_info_nce
 from mim_ray.contrastive.unit import inverse_lengths, pass_normalize_
 
 MAX_LOGIT_SCALE = 100.0

@@ -76,11 +76,11 @@ class PairReader:
         known = items >= 0
         with_content = known & self._has_content[np.maximum(items, 0)]
         images = table.column("query_image").to_pylist()
-        pixels, has_query = self._loader.decode(images)
+        pixels, has_query = self._loader.pictures.decode(images)
         own = np.array([image is not None for image in images], bool)
         from_item = np.flatnonzero(~own & (query_items >= 0))
         if len(from_item):
-            pixels[from_item], has_query[from_item] = self._loader.pictures(query_items[from_item])
+            pixels[from_item], has_query[from_item] = self._loader.pictures.take(query_items[from_item])
         query_items[own] = -1
         reasons = np.full(len(items), "", object)
         reasons[~known] = "unknown item"

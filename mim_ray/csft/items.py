@@ -9,11 +9,11 @@ import numpy as np
 
 from mim_ray.config.scenario import Data
 from mim_ray.data.catalogue import Catalogue
+from mim_ray.data.decoded import DecodedPictures
 from mim_ray.data.feeding import Chunk, json_array, json_value
 from mim_ray.data.ids import hash_ids
-from mim_ray.data.transforms import PictureFormat, decode_images
+from mim_ray.data.transforms import PictureFormat
 
-_CACHE_BYTES = 256 * 2**20
 _ARRAYS = ("rows", "contents", "pixels", "has_image", "has_text")
 
 
@@ -49,23 +49,18 @@ class Items:
 
 
 class ItemLoader:
-    """Reads and decodes items; decoded pictures stay in memory where all of them fit 256 MB."""
+    """Reads and decodes items of a catalogue."""
 
     def __init__(self, catalogue: Catalogue, picture: PictureFormat, data: Data) -> None:
         self.catalogue = catalogue
-        self.picture = picture
-        self._limits = (data.max_image_bytes, data.max_image_pixels)
-        self._kept: np.ndarray | None = None
-        if catalogue.num_items * 3 * picture.size**2 <= _CACHE_BYTES:
-            self._kept = np.empty((catalogue.num_items, 3, picture.size, picture.size), np.uint8)
-        self._state = np.zeros(catalogue.num_items, np.int8)  # 0 not decoded yet, 1 decoded, 2 no usable picture
+        self.pictures = DecodedPictures(catalogue, picture, data.max_image_bytes, data.max_image_pixels)
 
     def items(
         self, rows: np.ndarray, *, drop_image: np.ndarray | None = None, drop_text: np.ndarray | None = None
     ) -> Items:
         """Args: rows: (n,). drop_image, drop_text: (n,) bool, items that are to be seen without their picture (title)."""
         table = self.catalogue.take(rows, ["title", "content_hash"])
-        pixels, has_image = self.pictures(rows)
+        pixels, has_image = self.pictures.take(rows)
         titles = table.column("title").to_pylist()
         has_text = np.array([title is not None and bool(title.strip()) for title in titles], bool)
         if drop_image is not None:
@@ -75,27 +70,10 @@ class ItemLoader:
         contents = hash_ids(table.column("content_hash")).view(np.int64)
         return Items(np.asarray(rows, np.int64), contents, pixels, has_image, has_text, titles)
 
-    def pictures(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (n, 3, S, S), anything where there is none, and (n,) bool."""
-        if self._kept is None:
-            return self._decode_rows(rows)
-        missing = np.unique(rows[self._state[rows] == 0])
-        if len(missing):
-            self._kept[missing], usable = self._decode_rows(missing)
-            self._state[missing] = np.where(usable, 1, 2)
-        return self._kept[rows], self._state[rows] == 1
-
-    def decode(self, images: list[bytes | None]) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (n, 3, S, S) and (n,) bool of encoded pictures."""
-        return decode_images(images, self.picture, *self._limits)
-
     def broken(self, rows: np.ndarray) -> np.ndarray:
         """Of given rows those whose picture is there but cannot be decoded."""
         rows = np.unique(rows)
-        return rows[self.catalogue.has_image[rows] & ~self.pictures(rows)[1]]
-
-    def _decode_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.decode(self.catalogue.take(rows, ["image"]).column("image").to_pylist())
+        return rows[self.catalogue.has_image[rows] & ~self.pictures.take(rows)[1]]
 
 
 @dataclass(frozen=True)

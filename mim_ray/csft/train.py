@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 
 from mim_ray import artifacts
@@ -22,6 +21,7 @@ from mim_ray.data.batches import num_rows
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.data.feeding import decoder_cpus
 from mim_ray.data.rejects import reject_rows, write_rejects
+from mim_ray.data.splits import validation_start_us
 from mim_ray.encoders import ItemEncoder
 from mim_ray.errors import DataError
 from mim_ray.runtime.summary import StageResult
@@ -79,7 +79,7 @@ def prepare(scenario: Scenario, *, samples: str, encoder: str, output: str) -> d
         "encoder": encoder,
         "output": output,
         "num_pairs": num_pairs,
-        "before_us": _validation_start(samples),
+        "before_us": validation_start_us(samples),
         "decoder_cpus": 1.0,
     }
 
@@ -110,12 +110,6 @@ def _check_categories(settings: Csft, catalogue: Catalogue, samples: str) -> Non
             f"No item of {samples}/catalogue has a category, but csft.hard_negatives draws another item of the positive's "
             "category. Give the items table a category column, or set csft.hard_negatives=false."
         )
-
-
-def _validation_start(samples: str) -> int:
-    """Microseconds UTC from which nothing may be known to the encoders."""
-    value = artifacts.read_json(f"{samples}/samples.json")["validation_start"]
-    return int(datetime.fromisoformat(value).timestamp() * 1_000_000)
 
 
 def _write_rejects(rejects: str, output: str) -> dict[str, int]:

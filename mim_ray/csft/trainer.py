@@ -28,7 +28,7 @@ from mim_ray.csft.sampling import log_q, pair_counts, sampling_rates
 from mim_ray.csft.supervision import Objective, make_objective
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.data.feeding import ordered_chunks
-from mim_ray.encoders import ItemEncoder
+from mim_ray.encoders import ItemEncoder, batch_norm
 from mim_ray.encoders.tuning import depth_groups, merge, prepare
 from mim_ray.runtime.progress import Progress
 from mim_ray.training import checkpoint
@@ -88,7 +88,7 @@ class Trainer:
         if self.before is None:
             self.before = self.measure()
         self.encoder.train()
-        _freeze_batch_norm(self.encoder)
+        batch_norm.freeze(self.encoder)  # statistics of a worker's own batch would differ from the joined one's
         progress = Progress("C-SFT", settings.steps - self.step, "steps") if rank() == 0 else None
         start, waited = time.perf_counter(), 0.0
         batches = self._batches()
@@ -330,10 +330,3 @@ def _groups(encoder: ItemEncoder, objective: nn.Module, settings: Csft) -> list[
         *parameter_groups(encoder.head_parameters(), settings.learning_rate, settings.weight_decay),
         *parameter_groups(objective, settings.learning_rate, 0.0),
     ]
-
-
-def _freeze_batch_norm(module: nn.Module) -> None:
-    """BatchNorm keeps the statistics of pre-training: a worker's own batch would make its loss differ from the joined one's."""
-    for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.eval()

@@ -1,4 +1,4 @@
-"""When train ends and test begins, and how the test set looks by item age. Pure functions."""
+"""When train ends and test begins, and how the test set looks by item age."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from mim_ray import artifacts
 from mim_ray.config.scenario import Samples
 from mim_ray.data.event_log import DAY_US
-from mim_ray.data.schema import SPLITS
 from mim_ray.errors import ConfigError
 
 NUM_BUCKETS = 10
@@ -83,8 +83,10 @@ def iso(us: int) -> str:
     return datetime.fromtimestamp(us / 1_000_000, UTC).isoformat(timespec="microseconds")
 
 
-def split_name(number: int) -> str:
-    return SPLITS[number]
+def validation_start_us(samples: str) -> int:
+    """Microseconds UTC from which nothing of the samples at a URI may be known to the encoders."""
+    value = artifacts.read_json(f"{samples}/samples.json")["validation_start"]
+    return int(datetime.fromisoformat(value).timestamp() * 1_000_000)
 
 
 def _instant(text: str | None, key: str) -> int | None:

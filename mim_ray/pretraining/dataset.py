@@ -7,7 +7,6 @@ function of (seed, phase, rank, P, step) alone, so it can be made anywhere and a
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,9 +15,10 @@ from typing import Literal
 import numpy as np
 
 from mim_ray.data.catalogue import Catalogue
+from mim_ray.data.decoded import DecodedPictures
 from mim_ray.data.feeding import Chunk, json_array, json_value
 from mim_ray.data.ids import hash_ids
-from mim_ray.data.transforms import PictureFormat, decode_images
+from mim_ray.data.transforms import PictureFormat
 from mim_ray.errors import DataError
 
 PhaseName = Literal["image", "text", "alignment"]
@@ -29,7 +29,6 @@ MOST_HELD_OUT = 1_024
 Batch = Chunk
 """Of one step: rows (B,) int64 of the catalogue; pixels uint8 (B, 3, S, S) and broken (n,) int64, the rows whose pictures
 could not be decoded; titles (`titles_in`); keys (B, 2) int64, equal where the title, or the picture, is the same."""
-_CACHE_BYTES = 512 * 2**20
 _MOST_DRAWS = 20  # of other rows for pictures that cannot be decoded
 
 
@@ -66,39 +65,6 @@ def choose_items(catalogue: Catalogue, before_us: int) -> Items:
         held_out_title=rows(title & held_out, MOST_HELD_OUT),
         held_out_both=rows(image & title & held_out, MOST_HELD_OUT),
     )
-
-
-class Pictures:
-    """Decoded pictures of catalogue rows; kept in memory where the whole catalogue fits `cache_bytes`."""
-
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        picture: PictureFormat,
-        max_bytes: int,
-        max_pixels: int,
-        cache_bytes: int = _CACHE_BYTES,
-    ) -> None:
-        self.catalogue, self._picture, self._limits = catalogue, picture, (max_bytes, max_pixels)
-        self._kept: np.ndarray | None = None
-        shape = (catalogue.num_items, 3, picture.size, picture.size)
-        if math.prod(shape) <= cache_bytes:
-            self._kept = np.empty(shape, np.uint8)  # pages are taken as they are filled
-        self._state = np.zeros(catalogue.num_items, np.int8)  # 0 not decoded yet, 1 decoded, 2 unusable
-
-    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (B, 3, S, S) and (B,) bool: whether the row's picture could be decoded."""
-        if self._kept is None:
-            return self._decode(rows)
-        missing = np.unique(rows[self._state[rows] == 0])
-        if len(missing):
-            self._kept[missing], fine = self._decode(missing)
-            self._state[missing] = np.where(fine, 1, 2)
-        return self._kept[rows], self._state[rows] == 1
-
-    def _decode(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        images = self.catalogue.take(rows, ["image"]).column("image").to_pylist()
-        return decode_images(images, self._picture, *self._limits)
 
 
 def titles_of(catalogue: Catalogue, rows: np.ndarray) -> list[str]:
@@ -139,7 +105,7 @@ class Content:
     max_pixels: int
     before_us: int
 
-    def pictures(self) -> Pictures:
+    def pictures(self) -> DecodedPictures:
         return _open_pictures(self)
 
     def items(self) -> Items:
@@ -147,8 +113,8 @@ class Content:
 
 
 @lru_cache(maxsize=1)
-def _open_pictures(content: Content) -> Pictures:
-    return Pictures(Catalogue.open(content.catalogue), content.picture, content.max_bytes, content.max_pixels)
+def _open_pictures(content: Content) -> DecodedPictures:
+    return DecodedPictures(Catalogue.open(content.catalogue), content.picture, content.max_bytes, content.max_pixels)
 
 
 @lru_cache(maxsize=1)
@@ -177,7 +143,7 @@ class Batches:
         rows: the items of the phase, (n,) int64.
     """
 
-    def __init__(self, pictures: Pictures, phase: PhaseName, share: Share, rows: np.ndarray) -> None:
+    def __init__(self, pictures: DecodedPictures, phase: PhaseName, share: Share, rows: np.ndarray) -> None:
         self.catalogue, self.pictures, self.phase, self.share = pictures.catalogue, pictures, phase, share
         self.rows = rows
         self._order, self._order_of = np.zeros(0, np.int64), -1

@@ -20,7 +20,7 @@ from mim_ray import artifacts
 from mim_ray.config.scenario import Pretraining
 from mim_ray.contrastive.gather import place, total
 from mim_ray.data.feeding import ordered_chunks
-from mim_ray.pretraining import batch_norm
+from mim_ray.encoders import batch_norm
 from mim_ray.pretraining.dataset import PHASES, Batch, BatchSource, PhaseName
 from mim_ray.runtime.progress import Progress
 from mim_ray.training import checkpoint

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mim_ray.config.scenario import Pretraining
 from mim_ray.contrastive.gather import gather
-from mim_ray.contrastive.info_nce import symmetric_info_nce
+from mim_ray.contrastive.symmetric import symmetric_info_nce
 from mim_ray.encoders import ItemEncoder, tuning
 from mim_ray.encoders.text import Tokens
 from mim_ray.pretraining.dataset import (

@@ -9,7 +9,6 @@ on from the last finished phase.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from mim_ray.config.scenario import Data
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.data.feeding import decoder_cpus
 from mim_ray.data.rejects import reject_rows, write_rejects
+from mim_ray.data.splits import validation_start_us
 from mim_ray.data.transforms import BadImage, PictureFormat, decode_image
 from mim_ray.encoders import ItemEncoder
 from mim_ray.encoders.text import brings_tokenizer
@@ -48,7 +48,7 @@ def run(scenario: Scenario, *, samples: str, output: str, rejects: str) -> Stage
         DataError: no item has an image or a title and existed before the validation start.
     """
     catalogue = Catalogue.open(f"{samples}/catalogue")
-    items = choose_items(catalogue, _validation_start(samples))
+    items = choose_items(catalogue, validation_start_us(samples))
     if not len(items.with_image) and not len(items.with_title):
         raise DataError(
             f"None of the {catalogue.num_items} items of {samples}/catalogue has an image or a title and existed before"
@@ -100,7 +100,7 @@ def train_loop(config: dict[str, Any]) -> None:
         encoder.picture,
         limits.max_image_bytes,
         limits.max_image_pixels,
-        _validation_start(config["samples"]),
+        validation_start_us(config["samples"]),
     )
     share = Share(scenario.pretraining.batch_size, scenario.run.seed, rank(), world_size())
     context = Context(encoder, content, scenario.pretraining, share, device, config["decoder_cpus"])
@@ -123,12 +123,6 @@ def _start(output: str, phases: Mapping[str, Any] | list[str]) -> str:
     """The encoder as the last of the finished phases left it."""
     finished = [name for name in PHASES if name in phases]
     return f"{output}/progress/{finished[-1]}" if finished else f"{output}/untrained"
-
-
-def _validation_start(samples: str) -> int:
-    """Microseconds UTC from which nothing may be known to the encoders."""
-    value = artifacts.read_json(f"{samples}/samples.json")["validation_start"]
-    return int(datetime.fromisoformat(value).timestamp() * 1_000_000)
 
 
 def _tokenizer(scenario: Scenario, catalogue: Catalogue, items: Items) -> Tokenizer | None:

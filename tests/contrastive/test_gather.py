@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mim_ray.contrastive.gather import gather, gather_with_grad, place, total
-from mim_ray.contrastive.info_nce import symmetric_info_nce
+from mim_ray.contrastive.symmetric import symmetric_info_nce
 
 
 def test_without_a_process_group_gathering_changes_nothing() -> None:
@@ -30,7 +30,7 @@ def test_two_workers_match_one_on_the_joined_batch(gloo_workers: Callable[..., l
         import torch
 
         from mim_ray.contrastive.gather import gather, gather_with_grad
-        from mim_ray.contrastive.info_nce import symmetric_info_nce
+        from mim_ray.contrastive.symmetric import symmetric_info_nce
         from mim_ray.training.optim import average_gradients
 
         rows = slice(rank * 4, rank * 4 + 4)

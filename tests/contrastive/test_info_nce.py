@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from mim_ray.contrastive.info_nce import info_nce, info_nce_rows, same_key_pairs, symmetric_info_nce
+from mim_ray.contrastive.info_nce import info_nce, info_nce_rows, same_key_pairs
+from mim_ray.contrastive.symmetric import symmetric_info_nce
 
 
 def loop_info_nce(

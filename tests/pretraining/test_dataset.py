@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from mim_ray.data.catalogue import Catalogue, write_catalogue
+from mim_ray.data.decoded import DecodedPictures
 from mim_ray.data.feeding import ordered_chunks
 from mim_ray.data.pictures import render
 from mim_ray.data.transforms import PictureFormat
@@ -13,7 +14,6 @@ from mim_ray.pretraining.dataset import (
     Batches,
     BatchSource,
     Content,
-    Pictures,
     Share,
     choose_items,
     content_keys,
@@ -25,8 +25,8 @@ from_late = 360
 CUT_US = 1_000_000
 
 
-def pictures_of(catalogue: Catalogue, cache_bytes: int = 2**20) -> Pictures:
-    return Pictures(catalogue, PictureFormat(16, "squash"), 10**6, 10**7, cache_bytes)
+def pictures_of(catalogue: Catalogue, cache_bytes: int = 2**20) -> DecodedPictures:
+    return DecodedPictures(catalogue, PictureFormat(16, "squash"), 10**6, 10**7, cache_bytes)
 
 
 def content_of(catalogue: Catalogue) -> Content:

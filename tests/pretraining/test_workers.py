@@ -10,9 +10,9 @@ import torch
 
 from mim_ray.config.scenario import Scenario
 from mim_ray.data.transforms import PictureFormat
+from mim_ray.encoders import batch_norm
 from mim_ray.encoders.item_encoder import ItemEncoder
 from mim_ray.encoders.tokenizer import train_tokenizer
-from mim_ray.pretraining import batch_norm
 
 BATCH = 6
 CUT_US = 1_000_000
@@ -43,7 +43,7 @@ def test_gradients_of_dma_equal_those_of_one_worker_on_the_joined_batch(
         from torch import nn
 
         from mim_ray.contrastive.gather import gather
-        from mim_ray.contrastive.info_nce import symmetric_info_nce
+        from mim_ray.contrastive.symmetric import symmetric_info_nce
         from mim_ray.pretraining.equal_content import equal_content_pairs
         from mim_ray.training.optim import average_gradients
 
