@@ -86,6 +86,13 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         ) from None
 
 
+def folder_filesystem(uri: str) -> pafs.FileSystem:
+    """Filesystem of the paths below a folder; for deltalake's datasets, whose own calls back into Python from Arrow's
+    threads and so now and then aborts a process that is about to end."""
+    fs, path = filesystem(uri)
+    return pafs.SubTreeFileSystem(path, fs)
+
+
 def local_path(uri: str) -> Path | None:
     """The path when the URI is on this machine's file system, else None."""
     if "://" not in uri:

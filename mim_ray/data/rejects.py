@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import deltalake
 import pyarrow as pa
 
+from mim_ray import artifacts
 from mim_ray.data.schema import REJECTS
 
 
@@ -36,5 +37,5 @@ def read_rejects(uri: str, stage: str | None = None) -> pa.Table:
     if not deltalake.DeltaTable.is_deltatable(uri):
         return REJECTS.schema.empty_table()
     filters = [("stage", "=", stage)] if stage is not None else None
-    table = deltalake.DeltaTable(uri).to_pyarrow_table(filters=filters)
+    table = deltalake.DeltaTable(uri).to_pyarrow_table(filters=filters, filesystem=artifacts.folder_filesystem(uri))
     return table.select(REJECTS.schema.names).cast(REJECTS.schema)

@@ -104,7 +104,7 @@ def open_dataset(uri: str, name: str) -> ds.Dataset:
     """
     try:
         if _is_delta(uri):
-            dataset = deltalake.DeltaTable(uri).to_pyarrow_dataset()
+            dataset = deltalake.DeltaTable(uri).to_pyarrow_dataset(filesystem=artifacts.folder_filesystem(uri))
         else:
             filesystem, path = artifacts.filesystem(uri)
             dataset = ds.dataset(path, filesystem=filesystem, format="parquet", partitioning="hive")

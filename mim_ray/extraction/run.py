@@ -29,7 +29,8 @@ from mim_ray.extraction.plan import plan, without
 from mim_ray.extraction.read import Decoding, ItemShards
 from mim_ray.extraction.write import STAGE, Committer, OpenShards, read_rejects_of, write_pieces
 from mim_ray.representation_center.build import build_snapshot
-from mim_ray.representation_center.table import EmbeddingTable, Fragment
+from mim_ray.representation_center.data_files import Fragment
+from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.runtime.cluster import user_error
 from mim_ray.runtime.progress import Progress, format_seconds
 from mim_ray.runtime.summary import StageResult

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from mim_ray import artifacts
 from mim_ray.data.rejects import reject_rows
 from mim_ray.data.schema import REJECTS
-from mim_ray.representation_center.table import EmbeddingTable, Fragment, write_fragment
+from mim_ray.representation_center.data_files import Fragment, write_fragment
+from mim_ray.representation_center.table import EmbeddingTable
 
 STAGE = "extraction"
 TABLE_COLUMNS = ["item_id", "embedding", "content_hash", "content_at", "category"]
@@ -55,8 +56,8 @@ def read_rejects_of(shard_ids: Iterable[str], *, table: EmbeddingTable, rejects:
     wanted = set(shard_ids)
     files = {file.rpartition("/")[2]: file for file in artifacts.list_files(rejects, ".parquet")}
     tables = []
-    for path in table.committed_files(encoder_version):
-        name = _name(path)
+    for committed in table.scan(encoder_version)[1]:
+        name = _name(committed.path)
         if name in files and name.removeprefix("batch-").rpartition("-")[0] in wanted:
             tables.append(pq.read_table(pa.BufferReader(artifacts.read_bytes(files[name]))))
     return pa.concat_tables(tables) if tables else REJECTS.schema.empty_table()

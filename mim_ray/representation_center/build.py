@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from mim_ray.errors import ArtifactError
+from mim_ray.representation_center.data_files import DataFile
 from mim_ray.representation_center.snapshot import Snapshot, write_snapshot
 from mim_ray.representation_center.table import EmbeddingTable, current_row_numbers, times
 
@@ -22,8 +23,8 @@ def build_snapshot(table: EmbeddingTable, encoder_version: str, uri: str, *, dty
     Raises:
         ArtifactError: the table has no rows of this encoder version, or rows of several widths.
     """
-    delta_version, files, schema = table.scan(encoder_version)
-    keys = [file.to_table(columns=KEYS, schema=schema) for file in files]
+    delta_version, files = table.scan(encoder_version)
+    keys = [file.read(KEYS) for file in files]
     if not sum(part.num_rows for part in keys):
         known = ", ".join(table.encoder_versions()) or "none"
         raise ArtifactError(
@@ -32,13 +33,13 @@ def build_snapshot(table: EmbeddingTable, encoder_version: str, uri: str, *, dty
     rows = pa.concat_tables(keys)
     current = current_row_numbers(rows)
     starts = np.cumsum([0] + [part.num_rows for part in keys])
-    width = next(_width(file.head(1, columns=["embedding"])) for file, part in zip(files, keys, strict=True) if part)
+    width = next(_width(file) for file in files if file.num_rows)
 
     def embeddings() -> Iterator[np.ndarray]:
         for number, file in enumerate(files):
             first, end = np.searchsorted(current, starts[number : number + 2])
             if first < end:
-                column = file.to_table(columns=["embedding"], schema=schema)["embedding"].combine_chunks()
+                column = file.read(["embedding"])["embedding"]
                 yield embedding_matrix(column, width, table.uri)[current[first:end] - starts[number]]
 
     write_snapshot(
@@ -68,5 +69,5 @@ def embedding_matrix(column: pa.Array | pa.ChunkedArray, width: int, source: str
     return values.reshape(len(column), width)
 
 
-def _width(rows: pa.Table) -> int:
-    return len(rows["embedding"][0].as_py())
+def _width(file: DataFile) -> int:
+    return len(next(file.batches(["embedding"], rows=1))["embedding"][0].as_py())

@@ -24,27 +24,18 @@ import random
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 from deltalake import DeltaTable, Schema
-from deltalake.exceptions import CommitFailedError
-from deltalake.transaction import AddAction, CommitProperties
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.transaction import AddAction, CommitProperties, RemoveAction
 
 from mim_ray import artifacts
-from mim_ray.data.schema import ITEM_EMBEDDINGS
 from mim_ray.errors import ArtifactError
+from mim_ray.representation_center.data_files import PARTITIONS, SCHEMA, DataFile, Fragment, write_fragment
 from mim_ray.representation_center.snapshot import NO_TIME
-
-PARTITIONS = ["encoder_version", "commit_version"]
-SCHEMA = pa.schema([*ITEM_EMBEDDINGS.schema, pa.field("category", pa.string()), pa.field("commit_version", pa.int64())])
-"""SPEC's columns; `category` of a new item, which the catalogue may not know yet; `commit_version` as above."""
-
-FILE_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in PARTITIONS])
 
 CURRENT_ROWS_SQL = """
 SELECT item_id, embedding, content_hash, encoder_version, content_at, origin, shard_id, category, commit_version
@@ -65,23 +56,13 @@ class PartlyCommittedError(ArtifactError):
     """A fragment holds shards of which some are in the table already; build it again without them."""
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """A data file below the table that no commit names yet. `path` is relative to the table; JSON-able by asdict."""
-
-    path: str
-    num_bytes: int
-    num_rows: int
-    encoder_version: str
-    shard_ids: Sequence[str]
-
-
 class EmbeddingTable:
     """The Delta log at `uri`. Holds no open state: every call sees the newest version."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._known: tuple[int, dict[str, set[str]]] = (-1, {})
+        self._known: tuple[int, list[DataFile]] = (-1, [])
+        self._marks: dict[str, frozenset[str]] = {}
 
     def create(self) -> EmbeddingTable:
         """Make the empty table if there is none."""
@@ -114,24 +95,28 @@ class EmbeddingTable:
             if not missing:
                 return handle.version()
             version = handle.version() + 1
-            try:
-                handle.create_write_transaction(
-                    [_add_action(fragment, version) for fragment in missing],
-                    mode="append",
-                    schema=Schema.from_arrow(SCHEMA),
-                    partition_by=PARTITIONS,
-                    commit_properties=CommitProperties(max_commit_retries=0),
-                )
-            except CommitFailedError:
-                if self.version == handle.version():
-                    raise  # not a faster writer: the storage itself refused
-                time.sleep(random.uniform(0, 0.05))
-                continue
-            self._remember(version, missing)
-            return version
-        raise ArtifactError(
-            f"{self.uri}: {MAX_ATTEMPTS} commits in a row lost against other writers. Stop one of the jobs."
-        )
+            if self._try(handle, [_add_action(fragment, version) for fragment in missing]):
+                return version
+        raise self._too_busy()
+
+    def replace(self, old: Sequence[DataFile], new: Sequence[Fragment], *, commit_version: int) -> int | None:
+        """Put `new` in the place of `old`, which hold the same current rows, in one Delta commit.
+
+        Args:
+            commit_version: that the rows of `new` get; the greatest of `old`.
+
+        Returns:
+            the table's version that shows it; None if some of `old` are not in the table any more.
+        """
+        for _ in range(MAX_ATTEMPTS):
+            handle = self._load()
+            if not {file.path for file in old} <= {file.path for file in self._files(handle)}:
+                return None
+            actions: list[AddAction | RemoveAction] = [_remove_action(file) for file in old]
+            actions += [_add_action(fragment, commit_version, data_change=False) for fragment in new]
+            if self._try(handle, actions):
+                return handle.version() + 1
+        raise self._too_busy()
 
     def append(
         self, rows: pa.Table, *, encoder_version: str, shard_id: str | None = None, origin: str = "batch"
@@ -143,49 +128,93 @@ class EmbeddingTable:
 
     def encoder_versions(self) -> list[str]:
         """Encoder versions with at least one file."""
-        return sorted({_version_of(path) for path in self._paths(self._load())})
-
-    def committed_files(self, encoder_version: str) -> list[str]:
-        """Paths, relative to the table, of the encoder version's data files."""
-        return sorted(path for path in self._paths(self._load()) if _version_of(path) == encoder_version)
+        return sorted({file.encoder_version for file in self._files(self._load())})
 
     def committed_shards(self, encoder_version: str) -> set[str]:
-        """Batch shards of the encoder version that are in. Reads the log only."""
-        return set(self._shards(self._load()).get(encoder_version, set()))
+        """Batch shards of the encoder version that are in. Reads the log, and the footers of compacted files."""
+        found: set[str] = set()
+        for file in self._files(self._load()):
+            if file.encoder_version == encoder_version and not _is_realtime(file):
+                found |= self._shards(file)
+        return found
 
     def contains(self, encoder_version: str, shard_ids: Iterable[str]) -> set[str]:
         """Those of `shard_ids` that are in, batch or realtime. Files whose range of ids excludes them are not opened."""
         return self._contains(self._load(), encoder_version, set(shard_ids))
 
-    def scan(
-        self, encoder_version: str, *, newer_than: int = -1
-    ) -> tuple[int, list[pads.ParquetFileFragment], pa.Schema]:
-        """(version, data files in a fixed order, schema) of an encoder version, for readers that stream.
+    def scan(self, encoder_version: str, *, newer_than: int = -1) -> tuple[int, list[DataFile]]:
+        """(version, data files in a fixed order) of an encoder version, for readers that stream.
 
         Args:
-            newer_than: only files of later commits than this Delta version.
+            newer_than: only files with rows of later commits than this Delta version (a compacted one has older rows too).
         """
         handle = self._load()
-        dataset = handle.to_pyarrow_dataset()
-        wanted = (pc.field("encoder_version") == encoder_version) & (pc.field("commit_version") > newer_than)
-        return handle.version(), sorted(dataset.get_fragments(wanted), key=lambda file: file.path), dataset.schema
+        wanted = [
+            file
+            for file in self._files(handle)
+            if file.encoder_version == encoder_version and file.commit_version > newer_than
+        ]
+        return handle.version(), sorted(wanted, key=lambda file: file.path)
 
     def current_rows(self, encoder_version: str, *, newer_than: int = -1, deleted: bool = False) -> pa.Table:
         """The current row of every item, as a table in memory (`build_snapshot` streams instead).
 
         Args:
-            newer_than: look only at rows of later commits than this Delta version.
+            newer_than: look only at files with rows of later commits than this Delta version.
             deleted: keep items whose last row is a deletion, too.
         """
-        _, files, schema = self.scan(encoder_version, newer_than=newer_than)
-        tables = [file.to_table(schema=schema) for file in files]
-        rows = pa.concat_tables(tables).select(SCHEMA.names) if tables else SCHEMA.empty_table()
+        _, files = self.scan(encoder_version, newer_than=newer_than)
+        rows = pa.concat_tables([SCHEMA.empty_table(), *(file.read() for file in files)])
         return rows.take(pa.array(current_row_numbers(rows, deleted=deleted)))
 
     def _load(self) -> DeltaTable:
-        if not self.exists():
-            raise ArtifactError(f"{self.uri} is no Delta table. Run the extraction first.")
-        return DeltaTable(self.uri)
+        try:
+            return DeltaTable(self.uri)
+        except TableNotFoundError:
+            raise ArtifactError(f"{self.uri} is no Delta table. Run the extraction first.") from None
+
+    def _files(self, handle: DeltaTable) -> list[DataFile]:
+        """What the log names at the handle's version."""
+        if self._known[0] != handle.version():
+            log = pa.table(handle.get_add_actions(flatten=True))
+            names = [
+                "path",
+                "size_bytes",
+                "num_records",
+                "partition.encoder_version",
+                "partition.commit_version",
+                "min.shard_id",
+                "max.shard_id",
+            ]
+            nothing = [None] * log.num_rows
+            columns = [log[name].to_pylist() if name in log.column_names else nothing for name in names]
+            files = [
+                DataFile(self.uri, path, size, num or 0, version, int(commit), None if first is None else (first, last))
+                for path, size, num, version, commit, first, last in zip(*columns, strict=True)
+            ]
+            self._known = (handle.version(), files)
+        return self._known[1]
+
+    def _try(self, handle: DeltaTable, actions: Sequence[AddAction | RemoveAction]) -> bool:
+        """Commit as the version after the handle's; False if another writer was faster."""
+        try:
+            handle.create_write_transaction(
+                list(actions),
+                mode="append",
+                schema=Schema.from_arrow(SCHEMA),
+                partition_by=PARTITIONS,
+                commit_properties=CommitProperties(max_commit_retries=0),
+            )
+        except CommitFailedError:
+            if self.version == handle.version():
+                raise  # not a faster writer: the storage itself refused
+            time.sleep(random.uniform(0, 0.05))
+            return False
+        return True
+
+    def _too_busy(self) -> ArtifactError:
+        text = f"{MAX_ATTEMPTS} commits in a row lost against other writers. Stop one of the jobs."
+        return ArtifactError(f"{self.uri}: {text}")
 
     def _missing(self, handle: DeltaTable, fragments: Sequence[Fragment]) -> list[Fragment]:
         missing = []
@@ -206,72 +235,22 @@ class EmbeddingTable:
         return missing
 
     def _contains(self, handle: DeltaTable, encoder_version: str, shard_ids: set[str]) -> set[str]:
-        found = shard_ids & self._shards(handle).get(encoder_version, set())
-        rest = sorted(shard_ids - found)
-        if rest and any(_shard_of(path) is None for path in self._paths(handle)):
-            wanted = (
-                (pc.field("encoder_version") == encoder_version)
-                & (pc.field("shard_id") >= rest[0])
-                & (pc.field("shard_id") <= rest[-1])
-            )
-            for file in handle.to_pyarrow_dataset().get_fragments(wanted):  # by the log's statistics
-                if _shard_of(file.path) is None:
-                    found |= set(rest) & set(pc.unique(file.to_table(columns=["shard_id"])["shard_id"]).to_pylist())
+        found: set[str] = set()
+        if shard_ids:
+            first, last = min(shard_ids), max(shard_ids)
+            for file in self._files(handle):
+                may_hold = file.shard_range is None or (file.shard_range[0] <= last and first <= file.shard_range[1])
+                if file.encoder_version == encoder_version and may_hold:
+                    found |= shard_ids & self._shards(file)
         return found
 
-    def _shards(self, handle: DeltaTable) -> dict[str, set[str]]:
-        """Batch shards by encoder version at the handle's version; kept until somebody else commits."""
-        version = handle.version()
-        if self._known[0] != version:
-            shards: dict[str, set[str]] = {}
-            for path in self._paths(handle):
-                shard = _shard_of(path)
-                if shard is not None:
-                    shards.setdefault(_version_of(path), set()).add(shard)
-            self._known = (version, shards)
-        return self._known[1]
-
-    def _remember(self, version: int, fragments: Sequence[Fragment]) -> None:
-        known, shards = self._known
-        if known == version - 1:
-            for fragment in fragments:
-                if _shard_of(fragment.path) is not None:
-                    shards.setdefault(fragment.encoder_version, set()).update(fragment.shard_ids)
-            self._known = (version, shards)
-
-    @staticmethod
-    def _paths(handle: DeltaTable) -> list[str]:
-        return pa.table(handle.get_add_actions())["path"].to_pylist()
-
-
-def write_fragment(
-    table_uri: str, rows: pa.Table, *, encoder_version: str, shard_id: str | None = None, origin: str = "batch"
-) -> Fragment:
-    """Write rows to a data file of the table without committing it.
-
-    Args:
-        rows: item_id, embedding (list or fixed-size list of float32), content_hash, content_at; optional category,
-            deleted. An item at most once. May be empty: the file then only marks its shard as done.
-        shard_id: of all rows; None when `rows` has a column shard_id (folded window segments).
-    """
-    num = rows.num_rows
-    columns = {
-        "origin": pa.repeat(pa.scalar(origin), num),
-        "deleted": pa.repeat(pa.scalar(False), num),
-        "category": pa.nulls(num, pa.string()),
-    }
-    if shard_id is not None:
-        columns["shard_id"] = pa.repeat(pa.scalar(shard_id), num)
-    columns.update({name: rows[name] for name in rows.column_names})
-    table = pa.table({name: columns[name] for name in FILE_SCHEMA.names}).cast(FILE_SCHEMA)
-    shard_ids = [shard_id] if shard_id is not None else sorted(set(table["shard_id"].to_pylist()))
-    name = f"batch-{shard_id}" if origin == "batch" and shard_id is not None else f"{origin}-{shard_ids[0]}"
-    path = f"encoder_version={encoder_version}/{name}-{uuid.uuid4().hex[:12]}.parquet"
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", use_dictionary=["origin", "shard_id", "category"])
-    content = sink.getvalue()
-    artifacts.write_bytes(f"{table_uri}/{path}", content.to_pybytes())
-    return Fragment(path, content.size, num, encoder_version, shard_ids)
+    def _shards(self, file: DataFile) -> frozenset[str]:
+        """The file's marks; footers are read once (files never change)."""
+        if file.batch_shard is not None:
+            return frozenset([file.batch_shard])
+        if file.path not in self._marks:
+            self._marks[file.path] = file.shards()
+        return self._marks[file.path]
 
 
 def current_row_numbers(rows: pa.Table, *, deleted: bool = False) -> np.ndarray:
@@ -311,9 +290,9 @@ def _dictionary(column: pa.ChunkedArray) -> pa.DictionaryArray:
     return pc.dictionary_encode(pa.concat_arrays([chunk.cast(pa.large_string()) for chunk in column.chunks]))
 
 
-def _add_action(fragment: Fragment, version: int) -> AddAction:
+def _add_action(fragment: Fragment, version: int, data_change: bool = True) -> AddAction:
     stats: dict[str, object] = {"numRecords": fragment.num_rows}
-    if fragment.num_rows:
+    if fragment.shard_ids:
         stats |= {
             "minValues": {"shard_id": min(fragment.shard_ids)},
             "maxValues": {"shard_id": max(fragment.shard_ids)},
@@ -321,18 +300,26 @@ def _add_action(fragment: Fragment, version: int) -> AddAction:
     return AddAction(
         path=fragment.path,
         size=fragment.num_bytes,
-        partition_values={"encoder_version": fragment.encoder_version, "commit_version": str(version)},
+        partition_values=_partition_values(fragment.encoder_version, version),
         modification_time=int(time.time() * 1000),
-        data_change=True,
+        data_change=data_change,
         stats=json.dumps(stats),
     )
 
 
-def _version_of(path: str) -> str:
-    return path.partition("/")[0].removeprefix("encoder_version=")
+def _remove_action(file: DataFile) -> RemoveAction:
+    return RemoveAction(
+        path=file.path,
+        data_change=False,
+        deletion_timestamp=int(time.time() * 1000),
+        size=file.num_bytes,
+        partition_values=_partition_values(file.encoder_version, file.commit_version),
+    )
 
 
-def _shard_of(path: str) -> str | None:
-    """The shard id in a batch file's name, None for a file of window segments."""
-    name = path.rpartition("/")[2]
-    return name.removeprefix("batch-").rpartition("-")[0] if name.startswith("batch-") else None
+def _partition_values(encoder_version: str, commit_version: int) -> dict[str, str | None]:
+    return {"encoder_version": encoder_version, "commit_version": str(commit_version)}
+
+
+def _is_realtime(file: DataFile) -> bool:
+    return file.path.rpartition("/")[2].startswith("realtime-")

@@ -26,7 +26,8 @@ import pyarrow as pa
 from mim_ray import artifacts
 from mim_ray.data.schema import TIME
 from mim_ray.errors import ArtifactError
-from mim_ray.representation_center.table import EmbeddingTable, Fragment, PartlyCommittedError, write_fragment
+from mim_ray.representation_center.data_files import Fragment, write_fragment
+from mim_ray.representation_center.table import EmbeddingTable, PartlyCommittedError
 
 WINDOW_SCHEMA = pa.schema(
     [

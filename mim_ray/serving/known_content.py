@@ -63,8 +63,8 @@ def _table_rows(table: EmbeddingTable, encoder_version: str) -> pa.Table:
     empty = empty.append_column("content_at", pa.array([], TIME))
     if not table.exists():
         return empty
-    _, files, schema = table.scan(encoder_version)
+    _, files = table.scan(encoder_version)
     if not files:
         return empty
-    rows = pa.concat_tables([file.to_table(columns=_COLUMNS, schema=schema) for file in files])
+    rows = pa.concat_tables([file.read(_COLUMNS) for file in files])
     return rows.take(pa.array(current_row_numbers(rows)))

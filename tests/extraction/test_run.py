@@ -50,8 +50,8 @@ def fill(items: str, folder: Path, load: Any, settings: Extraction = SETTINGS) -
 
 def log(table: EmbeddingTable) -> pa.Table:
     """Every row of the table, sorted."""
-    _, files, schema = table.scan("v1")
-    return pa.concat_tables([file.to_table(schema=schema) for file in files]).sort_by("item_id")
+    _, files = table.scan("v1")
+    return pa.concat_tables([file.read() for file in files]).sort_by("item_id")
 
 
 def assert_same_log(found: pa.Table, expected: pa.Table) -> None:

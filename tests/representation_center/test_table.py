@@ -15,12 +15,8 @@ from deltalake import DeltaTable
 from mim_ray.data.schema import TIME
 from mim_ray.errors import ArtifactError
 from mim_ray.representation_center.build import build_snapshot
-from mim_ray.representation_center.table import (
-    CURRENT_ROWS_SQL,
-    EmbeddingTable,
-    PartlyCommittedError,
-    write_fragment,
-)
+from mim_ray.representation_center.data_files import SCHEMA, write_fragment
+from mim_ray.representation_center.table import CURRENT_ROWS_SQL, EmbeddingTable, PartlyCommittedError
 
 DAY = 86_400_000_000
 
@@ -74,7 +70,6 @@ def test_the_sql_view_in_duckdb_says_the_same(table: EmbeddingTable) -> None:
         day = None if step % 5 == 0 else int(rng.integers(1, 4))
         gone = (rng.random(8) < 0.2).tolist()
         table.append(rows(ids, float(step), day, deleted=gone), encoder_version=f"v{step % 2}")
-    _, _, schema = table.scan("v0")
     connection = duckdb.connect()
     connection.register("item_embeddings", DeltaTable(table.uri).to_pyarrow_dataset())
     found = connection.sql(CURRENT_ROWS_SQL).to_arrow_table()
@@ -84,7 +79,7 @@ def test_the_sql_view_in_duckdb_says_the_same(table: EmbeddingTable) -> None:
         assert 0 < expected.num_rows < 20
         assert values(mine) == values(expected)
         assert set(mine["commit_version"].to_pylist()) == set(expected["commit_version"].to_pylist())
-    assert set(found.column_names) == set(schema.names) - {"deleted"}
+    assert set(found.column_names) == set(SCHEMA.names) - {"deleted"}
 
 
 def test_commit_version_is_the_delta_version(table: EmbeddingTable) -> None:
@@ -124,8 +119,8 @@ def test_two_committers_at_once_lose_and_double_nothing(table: EmbeddingTable) -
         thread.start()
     for thread in threads:
         thread.join()
-    _, files, schema = table.scan("v1")
-    everything = pa.concat_tables([file.to_table(schema=schema) for file in files])
+    _, files = table.scan("v1")
+    everything = pa.concat_tables([file.read() for file in files])
     assert sorted(everything["item_id"].to_pylist()) == sorted(
         [f"w{worker}-{step}" for worker in range(3) for step in range(6)] + [f"both-{step}" for step in range(6)]
     )

@@ -36,8 +36,8 @@ def message(ids: list[str], value: float, day: int | None, **options: object) ->
 
 
 def all_rows(table: EmbeddingTable) -> list[tuple[str, str]]:
-    _, files, schema = table.scan("v1")
-    rows = pa.concat_tables([file.to_table(schema=schema) for file in files])
+    _, files = table.scan("v1")
+    rows = pa.concat_tables([file.read() for file in files])
     return sorted(zip(rows["item_id"].to_pylist(), rows["shard_id"].to_pylist(), strict=True))
 
 

@@ -1,0 +1,144 @@
+"""The Parquet files of the embedding log: written by any worker, named by the log once they are committed.
+
+    fragment = write_fragment(table_uri, rows, encoder_version=…, shard_id=…)     # not visible yet
+    file = DataFile(…)                                                           # as EmbeddingTable.scan gives them
+    file.read(["item_id", "embedding"])
+
+*Marks.* A file's footer lists the shards whose rows it accounts for (`SHARDS_KEY`), also those whose rows are not there any
+more (compaction keeps current rows only) or never were (an empty shard). A batch shard's file says the same in its name, so
+that the log alone answers which shards are in.
+
+Files are read through pyarrow's own filesystems. deltalake's dataset would call back into Python from Arrow's threads, which
+now and then aborts a process that is about to end.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mim_ray import artifacts
+from mim_ray.data.schema import ITEM_EMBEDDINGS
+
+PARTITIONS = ["encoder_version", "commit_version"]
+SCHEMA = pa.schema([*ITEM_EMBEDDINGS.schema, pa.field("category", pa.string()), pa.field("commit_version", pa.int64())])
+"""SPEC's columns; `category` of a new item, which the catalogue may not know yet; `commit_version`, see table.py."""
+FILE_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in PARTITIONS])
+SHARDS_KEY = b"mim_ray.shards"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A data file below the table that no commit names yet. `path` is relative to the table; JSON-able by asdict."""
+
+    path: str
+    num_bytes: int
+    num_rows: int
+    encoder_version: str
+    shard_ids: Sequence[str]
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A data file that the log names.
+
+    Attributes:
+        path: relative to the table, as the log writes it (URL-encoded).
+        shard_range: least and greatest shard id; None where the file marks none.
+    """
+
+    table_uri: str
+    path: str
+    num_bytes: int
+    num_rows: int
+    encoder_version: str
+    commit_version: int
+    shard_range: tuple[str, str] | None
+
+    @property
+    def uri(self) -> str:
+        return f"{self.table_uri}/{unquote(self.path)}"
+
+    @property
+    def batch_shard(self) -> str | None:
+        """The one batch shard whose file this is, by its name; None for window segments and compacted files."""
+        name = self.path.rpartition("/")[2]
+        return name.removeprefix("batch-").rpartition("-")[0] if name.startswith("batch-") else None
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of those columns of `SCHEMA`, partition columns too."""
+        names = SCHEMA.names if columns is None else list(columns)
+        fs, path = artifacts.filesystem(self.uri)
+        stored = [name for name in names if name not in PARTITIONS]
+        rows = pq.read_table(path, filesystem=fs, columns=stored, partitioning=None, schema=FILE_SCHEMA)
+        return self._with_partitions(rows, names)
+
+    def batches(self, columns: Sequence[str] | None = None, rows: int = 65_536) -> Iterator[pa.Table]:
+        """As `read`, in pieces of at most `rows` rows, in order; a file of any size takes little memory."""
+        names = SCHEMA.names if columns is None else list(columns)
+        fs, path = artifacts.filesystem(self.uri)
+        with pq.ParquetFile(path, filesystem=fs) as file:
+            for batch in file.iter_batches(rows, columns=[name for name in names if name not in PARTITIONS]):
+                yield self._with_partitions(pa.Table.from_batches([batch]), names)
+
+    def shards(self) -> frozenset[str]:
+        """The shards that the file accounts for; opens its footer where the name does not say it."""
+        if self.batch_shard is not None:
+            return frozenset([self.batch_shard])
+        fs, path = artifacts.filesystem(self.uri)
+        marks = (pq.read_metadata(path, filesystem=fs).metadata or {}).get(SHARDS_KEY)
+        if marks is None:
+            return frozenset(self.read(["shard_id"])["shard_id"].to_pylist())
+        return frozenset(json.loads(marks))
+
+    def _with_partitions(self, rows: pa.Table, names: Sequence[str]) -> pa.Table:
+        values = {"encoder_version": self.encoder_version, "commit_version": self.commit_version}
+        columns = [
+            pa.repeat(pa.scalar(values[name], SCHEMA.field(name).type), rows.num_rows)
+            if name in values
+            else rows[name].cast(SCHEMA.field(name).type)
+            for name in names
+        ]
+        return pa.table(columns, schema=pa.schema([SCHEMA.field(name) for name in names]))
+
+
+def write_fragment(
+    table_uri: str, rows: pa.Table, *, encoder_version: str, shard_id: str | None = None, origin: str = "batch"
+) -> Fragment:
+    """Write rows to a data file of the table without committing it.
+
+    Args:
+        rows: item_id, embedding (list or fixed-size list of float32), content_hash, content_at; optional category,
+            deleted. An item at most once. May be empty: the file then only marks its shard as done.
+        shard_id: of all rows; None when `rows` has a column shard_id (folded window segments).
+    """
+    num = rows.num_rows
+    columns = {
+        "origin": pa.repeat(pa.scalar(origin), num),
+        "deleted": pa.repeat(pa.scalar(False), num),
+        "category": pa.nulls(num, pa.string()),
+    }
+    if shard_id is not None:
+        columns["shard_id"] = pa.repeat(pa.scalar(shard_id), num)
+    columns.update({name: rows[name] for name in rows.column_names})
+    table = pa.table({name: columns[name] for name in FILE_SCHEMA.names}).cast(FILE_SCHEMA)
+    shard_ids = [shard_id] if shard_id is not None else sorted(set(table["shard_id"].to_pylist()))
+    name = f"batch-{shard_id}" if origin == "batch" and shard_id is not None else f"{origin}-{shard_ids[0]}"
+    path = f"encoder_version={encoder_version}/{name}-{uuid.uuid4().hex[:12]}.parquet"
+    return Fragment(path, write_data_file(f"{table_uri}/{path}", table, shard_ids), num, encoder_version, shard_ids)
+
+
+def write_data_file(uri: str, rows: pa.Table, shard_ids: Sequence[str]) -> int:
+    """Write rows of `FILE_SCHEMA` with the marks of `shard_ids`; the file's size in bytes."""
+    sink = pa.BufferOutputStream()
+    marked = rows.replace_schema_metadata({SHARDS_KEY: json.dumps(sorted(shard_ids)).encode()})
+    pq.write_table(marked, sink, compression="zstd", use_dictionary=["origin", "shard_id", "category"])
+    content = sink.getvalue()
+    artifacts.write_bytes(uri, content.to_pybytes())
+    return int(content.size)
