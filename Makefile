@@ -32,7 +32,7 @@ bench: $(STAMP)  ## measure the contrastive loss in a minute; writes runs/contra
 	$(BIN)/python benchmarks/contrastive.py --quick --json runs/contrastive.json
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -m "not chaos"
+	$(BIN)/python -m pytest -m "not chaos" -n 2 --dist loadgroup --no-loadscope-reorder
 
 chaos: $(STAMP)  ## long kill and soak tests
 	$(BIN)/python -m pytest -m chaos

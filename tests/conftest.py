@@ -17,6 +17,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must no
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two lanes (`-n 2 --dist loadgroup`): what needs the head node, then all that shares the session's Ray, run one after
+    another in one process each, so that there is one of both; every other file goes where there is room. Longest first."""
+
+    def lane(item: pytest.Item) -> str:
+        names = getattr(item, "fixturenames", ())
+        return "head" if "head" in names else "ray" if "ray_cluster" in names else "file"
+
+    for item in items:
+        group = lane(item)
+        item.add_marker(pytest.mark.xdist_group(str(item.path) if group == "file" else group))
+    items.sort(key=lambda item: ("head", "ray", "file").index(lane(item)))  # stable
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """An embedded Ray with two CPUs and one pretended GPU, for all tests of the session."""
