@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from mim_ray.config import Scenario, scenario_from_cli
 from mim_ray.errors import MimRayError
+from mim_ray.object_store import storage_error
 
 
 def job_main(doc: str | None, prefix: str, argv: Sequence[str] | None = None) -> None:
@@ -46,7 +47,7 @@ def _run(doc: str | None, job: Callable[[Scenario], None], argv: Sequence[str] |
     except Exception as error:
         from mim_ray.runtime.cluster import user_error
 
-        cause = user_error(error)
+        cause = user_error(error) or storage_error(error)
         if cause is None:
             raise
         _tell(cause)

@@ -34,6 +34,7 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction
 
 from mim_ray import artifacts
 from mim_ray.errors import ArtifactError
+from mim_ray.object_store import delta_options, require_conditional_writes, storage_errors
 from mim_ray.representation_center.data_files import PARTITIONS, SCHEMA, DataFile, Fragment, write_fragment
 from mim_ray.representation_center.snapshot import NO_TIME
 
@@ -65,16 +66,24 @@ class EmbeddingTable:
         self._marks: dict[str, frozenset[str]] = {}
 
     def create(self) -> EmbeddingTable:
-        """Make the empty table if there is none."""
+        """Make the empty table if there is none.
+
+        Raises:
+            StorageError: the object store has no conditional writes, or cannot be reached.
+        """
         if not self.exists():
+            require_conditional_writes(self.uri)
             local = artifacts.local_path(self.uri)
             if local is not None:
                 local.mkdir(parents=True, exist_ok=True)
-            DeltaTable.create(self.uri, Schema.from_arrow(SCHEMA), mode="ignore", partition_by=PARTITIONS)
+            schema, options = Schema.from_arrow(SCHEMA), delta_options(self.uri)
+            with storage_errors(self.uri):
+                DeltaTable.create(self.uri, schema, mode="ignore", partition_by=PARTITIONS, storage_options=options)
         return self
 
     def exists(self) -> bool:
-        return DeltaTable.is_deltatable(self.uri)
+        with storage_errors(self.uri):
+            return DeltaTable.is_deltatable(self.uri, delta_options(self.uri))
 
     @property
     def version(self) -> int:
@@ -169,7 +178,8 @@ class EmbeddingTable:
 
     def _load(self) -> DeltaTable:
         try:
-            return DeltaTable(self.uri)
+            with storage_errors(self.uri):
+                return DeltaTable(self.uri, storage_options=delta_options(self.uri))
         except TableNotFoundError:
             raise ArtifactError(f"{self.uri} is no Delta table. Run the extraction first.") from None
 
