@@ -13,10 +13,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -29,6 +30,8 @@ if TYPE_CHECKING:  # torch is imported where tensors are read or written: data t
     import torch
 
 MANIFEST = "artifact.json"
+REQUESTS_AT_ONCE = 16  # to an object store, by one call
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,14 @@ def remove(uri: str) -> None:
             fs.delete_dir(path)
         elif kind == pafs.FileType.File:
             fs.delete_file(path)
+
+
+def for_each(function: Callable[[str], T], uris: Sequence[str]) -> list[T]:
+    """Results of function(uri) in order; remotely several at once, since each waits for requests."""
+    if len(uris) < 2 or local_path(uris[0]) is not None:
+        return [function(uri) for uri in uris]
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        return list(pool.map(function, uris))
 
 
 def list_files(uri: str, suffix: str = "") -> list[str]:

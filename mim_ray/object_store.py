@@ -27,7 +27,9 @@ import pyarrow.fs as pafs
 
 from mim_ray.errors import ArtifactError, ConfigError, StorageError
 
-CREDENTIALS = re.compile(r"^\w+://[^/?#]*@|[?&][^=]*(key|secret|token|signature|credential|password)[^=]*=", re.IGNORECASE)
+CREDENTIALS = re.compile(
+    r"^\w+://[^/?#]*@|[?&][^=]*(key|secret|token|signature|credential|password)[^=]*=", re.IGNORECASE
+)
 """A URI that carries a secret: a user part (s3://KEY:SECRET@bucket), or a parameter such as ?secret_key=…"""
 _WRITERS, _ROUNDS = 6, 2
 _TRUE = {"true", "1", "yes", "on", "t", "y"}

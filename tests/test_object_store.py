@@ -72,7 +72,9 @@ def test_large_files_and_rejects_come_back(s3: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("AWS_ENDPOINT_URL", "AWS_REGION"), ("AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION")])
-def test_both_libraries_obey_the_same_variables(s3: Any, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]) -> None:
+def test_both_libraries_obey_the_same_variables(
+    s3: Any, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+) -> None:
     for name, value in zip(names, ("AWS_ENDPOINT_URL", "AWS_REGION"), strict=True):
         monkeypatch.delenv(value)
         monkeypatch.setenv(name, s3.env[value])

@@ -199,8 +199,7 @@ def _fold_version(window: str, table: EmbeddingTable, encoder_version: str, keep
         num_rows += fragment.num_rows
     oldest_kept = time.time_ns() - int(keep_s * 1e9)
     old = [segment for segment in segments if int(segment.partition("-")[0]) <= oldest_kept]
-    for segment in old:
-        artifacts.remove(_segment_uri(window, encoder_version, segment))
+    artifacts.for_each(artifacts.remove, [_segment_uri(window, encoder_version, segment) for segment in old])
     return FoldResult(num_segments, num_rows, len(old))
 
 
