@@ -304,6 +304,11 @@ def run_root(scenario: Scenario) -> str:
     return absolute_uri(f"runs/{scenario.name}")
 
 
+def center_root(scenario: Scenario) -> str:
+    """Absolute URI of the scenario's representation center."""
+    return f"{run_root(scenario)}/center" if scenario.run.center is None else absolute_uri(scenario.run.center)
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder

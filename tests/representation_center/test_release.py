@@ -45,7 +45,7 @@ def test_a_damaged_log_of_releases_is_a_sentence(tmp_path: Path) -> None:
     promote(str(tmp_path), encoder_version="v1", snapshot="s1")
     for file in (tmp_path / "releases").glob("*.parquet"):
         file.write_bytes(b"no parquet")
-    with pytest.raises(ArtifactError, match="is damaged .* promote a release again"):
+    with pytest.raises(ArtifactError, match=r"is damaged .* promote a release again"):
         read_release(str(tmp_path))
 
 
