@@ -171,7 +171,10 @@ def _check_model(model: str, version: str, snapshot: str) -> None:
 def _encoder(scenario: Scenario, center: Center, version: str) -> str | None:
     """The run's encoder if it is the one that made the embeddings; else that of an earlier release of this version."""
     uri = f"{center.root}/{ENCODER_FOLDERS[scenario.extraction.encoder]}"
-    if artifacts.exists(f"{uri}/encoder.json") and artifacts.read_json(f"{uri}/encoder.json")["encoder_version"] == version:
+    if (
+        artifacts.exists(f"{uri}/encoder.json")
+        and artifacts.read_json(f"{uri}/encoder.json")["encoder_version"] == version
+    ):
         return uri
     earlier = [release.encoder for release in releases(center.uri) if release.encoder_version == version]
     return next((encoder for encoder in reversed(earlier) if encoder is not None), None)
