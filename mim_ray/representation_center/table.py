@@ -34,7 +34,7 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction
 
 from mim_ray import artifacts
 from mim_ray.errors import ArtifactError
-from mim_ray.representation_center.data_files import PARTITIONS, SCHEMA, DataFile, Fragment, write_fragment
+from mim_ray.representation_center.data_files import PARTITIONS, SCHEMA, DataFile, Fragment, Marks, write_fragment
 from mim_ray.representation_center.snapshot import NO_TIME
 
 CURRENT_ROWS_SQL = """
@@ -62,7 +62,7 @@ class EmbeddingTable:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._known: tuple[int, list[DataFile]] = (-1, [])
-        self._marks: dict[str, frozenset[str]] = {}
+        self._marks: dict[str, Marks] = {}
 
     def create(self) -> EmbeddingTable:
         """Make the empty table if there is none."""
@@ -79,7 +79,7 @@ class EmbeddingTable:
     @property
     def version(self) -> int:
         """Newest Delta version."""
-        return self._load().version()
+        return self.open().version()
 
     def commit(self, fragments: Sequence[Fragment]) -> int:
         """Make the fragments' rows visible, all in one Delta commit; shards that are in already are left out.
@@ -90,7 +90,7 @@ class EmbeddingTable:
             PartlyCommittedError: a fragment of several shards, of which some are in.
         """
         for _ in range(MAX_ATTEMPTS):
-            handle = self._load()
+            handle = self.open()
             missing = self._missing(handle, fragments)
             if not missing:
                 return handle.version()
@@ -109,7 +109,7 @@ class EmbeddingTable:
             the table's version that shows it; None if some of `old` are not in the table any more.
         """
         for _ in range(MAX_ATTEMPTS):
-            handle = self._load()
+            handle = self.open()
             if not {file.path for file in old} <= {file.path for file in self._files(handle)}:
                 return None
             actions: list[AddAction | RemoveAction] = [_remove_action(file) for file in old]
@@ -128,19 +128,19 @@ class EmbeddingTable:
 
     def encoder_versions(self) -> list[str]:
         """Encoder versions with at least one file."""
-        return sorted({file.encoder_version for file in self._files(self._load())})
+        return sorted({file.encoder_version for file in self._files(self.open())})
 
     def committed_shards(self, encoder_version: str) -> set[str]:
         """Batch shards of the encoder version that are in. Reads the log, and the footers of compacted files."""
         found: set[str] = set()
-        for file in self._files(self._load()):
-            if file.encoder_version == encoder_version and not _is_realtime(file):
-                found |= self._shards(file)
+        for file in self._files(self.open()):
+            if file.encoder_version == encoder_version and not file.is_realtime:
+                found |= self.marks_of(file).shards
         return found
 
     def contains(self, encoder_version: str, shard_ids: Iterable[str]) -> set[str]:
         """Those of `shard_ids` that are in, batch or realtime. Files whose range of ids excludes them are not opened."""
-        return self._contains(self._load(), encoder_version, set(shard_ids))
+        return self._contains(self.open(), encoder_version, set(shard_ids))
 
     def scan(self, encoder_version: str, *, newer_than: int = -1) -> tuple[int, list[DataFile]]:
         """(version, data files in a fixed order) of an encoder version, for readers that stream.
@@ -148,13 +148,17 @@ class EmbeddingTable:
         Args:
             newer_than: only files with rows of later commits than this Delta version (a compacted one has older rows too).
         """
-        handle = self._load()
+        handle = self.open()
         wanted = [
             file
             for file in self._files(handle)
             if file.encoder_version == encoder_version and file.commit_version > newer_than
         ]
         return handle.version(), sorted(wanted, key=lambda file: file.path)
+
+    def files(self) -> list[DataFile]:
+        """The data files of all encoder versions."""
+        return list(self._files(self.open()))
 
     def current_rows(self, encoder_version: str, *, newer_than: int = -1, deleted: bool = False) -> pa.Table:
         """The current row of every item, as a table in memory (`build_snapshot` streams instead).
@@ -167,7 +171,12 @@ class EmbeddingTable:
         rows = pa.concat_tables([SCHEMA.empty_table(), *(file.read() for file in files)])
         return rows.take(pa.array(current_row_numbers(rows, deleted=deleted)))
 
-    def _load(self) -> DeltaTable:
+    def open(self) -> DeltaTable:
+        """A handle of the newest version.
+
+        Raises:
+            ArtifactError: there is no table.
+        """
         try:
             return DeltaTable(self.uri)
         except TableNotFoundError:
@@ -239,17 +248,17 @@ class EmbeddingTable:
         if shard_ids:
             first, last = min(shard_ids), max(shard_ids)
             for file in self._files(handle):
-                may_hold = file.shard_range is None or (file.shard_range[0] <= last and first <= file.shard_range[1])
-                if file.encoder_version == encoder_version and may_hold:
-                    found |= shard_ids & self._shards(file)
+                if file.encoder_version == encoder_version and file.may_hold(first, last):
+                    marks = self.marks_of(file)
+                    found |= shard_ids & marks.shards | shard_ids & marks.segments
         return found
 
-    def _shards(self, file: DataFile) -> frozenset[str]:
+    def marks_of(self, file: DataFile) -> Marks:
         """The file's marks; footers are read once (files never change)."""
         if file.batch_shard is not None:
-            return frozenset([file.batch_shard])
+            return file.marks()
         if file.path not in self._marks:
-            self._marks[file.path] = file.shards()
+            self._marks[file.path] = file.marks()
         return self._marks[file.path]
 
 
@@ -319,7 +328,3 @@ def _remove_action(file: DataFile) -> RemoveAction:
 
 def _partition_values(encoder_version: str, commit_version: int) -> dict[str, str | None]:
     return {"encoder_version": encoder_version, "commit_version": str(commit_version)}
-
-
-def _is_realtime(file: DataFile) -> bool:
-    return file.path.rpartition("/")[2].startswith("realtime-")
