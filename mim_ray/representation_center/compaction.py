@@ -30,8 +30,9 @@ import pyarrow as pa
 
 from mim_ray.data.ids import hash_ids
 from mim_ray.representation_center.compacted_files import CompactedFiles
+from mim_ray.representation_center.current_rows import current_row_numbers, times
 from mim_ray.representation_center.data_files import DataFile, Marks, segment_time
-from mim_ray.representation_center.table import EmbeddingTable, current_row_numbers, times
+from mim_ray.representation_center.table import EmbeddingTable
 
 FAN_IN = 4
 STEP_ROWS = 50_000_000  # a longer merge is cut into several commits where it can be

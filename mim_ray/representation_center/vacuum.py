@@ -24,7 +24,7 @@ import pyarrow.fs as pafs
 
 from mim_ray import artifacts
 from mim_ray.errors import ArtifactError
-from mim_ray.representation_center.table import EmbeddingTable
+from mim_ray.representation_center.table import EmbeddingTable, retention_settings
 
 LEAST_RETENTION = timedelta(hours=1)
 OURS = ("batch-", "realtime-", "compacted-", ".tmp-")
@@ -91,9 +91,7 @@ def vacuum_window(window: str, *, retention: timedelta) -> int:
 def _clean_log(table: EmbeddingTable, hours: int) -> int:
     """Checkpoint the log and delete commits older than the retention; the number of files that went."""
     handle = table.open()
-    wanted = {
-        name: f"interval {hours} hours" for name in ("delta.logRetentionDuration", "delta.deletedFileRetentionDuration")
-    }
+    wanted = retention_settings(timedelta(hours=hours))
     if any(handle.metadata().configuration.get(name) != value for name, value in wanted.items()):
         handle.alter.set_table_properties(wanted)
         handle = table.open()
