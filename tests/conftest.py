@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import socket
 import subprocess
 import sys
+import unittest.mock
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must no
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two lanes (`-n 2 --dist loadgroup`): what needs the head node, then all that shares the session's Ray, run one after
     another in one process each, so that there is one of both; every other file goes where there is room. Longest first."""
@@ -33,16 +36,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = lane(item)
         item.add_marker(pytest.mark.xdist_group(str(item.path) if group == "file" else group))
     items.sort(key=lambda item: ("head", "ray", "file").index(lane(item)))  # stable
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """An embedded Ray with two CPUs and one pretended GPU, for all tests of the session."""
-    from mim_ray.config.scenario import Run
-    from mim_ray.runtime.cluster import cluster
-
-    with cluster(Run(num_cpus=2, num_gpus=1, object_store_mb=200)):
-        yield
 
 
 @dataclass(frozen=True)
@@ -111,6 +104,18 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
     monkeypatch.setenv("MIM_RAY_CACHE", str(tmp_path / "cache"))
     s3_server.requests()
     return replace(s3_server, uri=f"{s3_server.uri}/{secrets.token_hex(6)}")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: S3) -> Iterator[None]:
+    """An embedded Ray with two CPUs and one pretended GPU, for all tests of the session. Its workers can reach `s3`."""
+    from mim_ray.config.scenario import Run
+    from mim_ray.runtime.cluster import cluster
+
+    with contextlib.ExitStack() as stack:
+        with unittest.mock.patch.dict(os.environ, s3_server.env):
+            stack.enter_context(cluster(Run(num_cpus=2, num_gpus=1, object_store_mb=200)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from deltalake import CommitProperties, DeltaTable, Schema, write_deltalake
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 
 from mim_ray import artifacts
-from mim_ray.errors import ArtifactError, VersionMismatchError
+from mim_ray.errors import ArtifactError, StorageError, VersionMismatchError
 from mim_ray.object_store import delta_options, require_conditional_writes, storage_errors
 
 MAX_ATTEMPTS = 100
@@ -133,12 +133,20 @@ def check_versions(expected: str | None, found: str | None, *, expected_by: str,
 def _append(center: str, choose: Callable[[list[Release]], Release]) -> Release:
     """Write choose(known releases) as the next one, again if another promoter was faster."""
     uri = _uri(center)
+    release, version = None, -1
     for _ in range(MAX_ATTEMPTS):
         handle = _open(center)
         if handle is None:
             _create(uri)
             continue
         known = _read(handle, center)
+        if release is not None and release in known:
+            return release  # the commit went through, though its answer was lost
+        if handle.version() == version:
+            raise StorageError(
+                f"{uri} refuses a commit, though no other promoter was faster. Look at the store's rights."
+            )
+        version = handle.version()
         number = known[-1].number + 1 if known else 1
         release = replace(choose(known), number=number, promoted_at=artifacts.now())
         rows = pa.Table.from_pylist([asdict(entry) for entry in [*known, release]], SCHEMA)

@@ -96,7 +96,7 @@ def append_segment(window: str, rows: pa.Table, *, encoder_version: str) -> str:
     artifacts.write_bytes(_segment_uri(window, encoder_version, segment_id), sink.getvalue().to_pybytes())
     folder = artifacts.local_path(f"{window}/{encoder_version}")
     if folder is not None:
-        _sync_folder(str(folder))
+        artifacts.sync(folder)
     return segment_id
 
 
@@ -111,14 +111,7 @@ def read_segment(window: str, encoder_version: str, segment_id: str) -> pa.Table
     Raises:
         ArtifactError: it is gone (folded and deleted) or damaged.
     """
-    uri = _segment_uri(window, encoder_version, segment_id)
-    content = artifacts.read_bytes(uri)
-    try:
-        return pa.ipc.open_file(pa.BufferReader(content)).read_all()
-    except pa.ArrowInvalid as error:
-        raise ArtifactError(
-            f"{uri} is damaged ({error}). Move it out of the folder and send its items to the new-item encoder again."
-        ) from None
+    return _read(_segment_uri(window, encoder_version, segment_id))
 
 
 class WindowTail:
@@ -204,11 +197,22 @@ def _fold_version(window: str, table: EmbeddingTable, encoder_version: str, keep
 
 
 def _write(window: str, table_uri: str, encoder_version: str, segments: Sequence[str]) -> Fragment:
-    tables = []
-    for segment in segments:
-        rows = read_segment(window, encoder_version, segment)
-        tables.append(rows.append_column("shard_id", pa.repeat(pa.scalar(segment), rows.num_rows)))
+    uris = [_segment_uri(window, encoder_version, segment) for segment in segments]
+    tables = [
+        rows.append_column("shard_id", pa.repeat(pa.scalar(segment), rows.num_rows))
+        for segment, rows in zip(segments, artifacts.for_each(_read, uris), strict=True)
+    ]
     return write_fragment(table_uri, pa.concat_tables(tables), encoder_version=encoder_version, origin="realtime")
+
+
+def _read(uri: str) -> pa.Table:
+    content = artifacts.read_bytes(uri)
+    try:
+        return pa.ipc.open_file(pa.BufferReader(content)).read_all()
+    except pa.ArrowInvalid as error:
+        raise ArtifactError(
+            f"{uri} is damaged ({error}). Move it out of the folder and send its items to the new-item encoder again."
+        ) from None
 
 
 def _segment_uri(window: str, encoder_version: str, segment_id: str) -> str:
@@ -221,12 +225,3 @@ def _new_name() -> str:
     with _name_lock:
         _last_name = max(time.time_ns(), _last_name + 1)
         return f"{_last_name:020d}-{uuid.uuid4().hex[:8]}"
-
-
-def _sync_folder(folder: str) -> None:
-    """Make the rename itself durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

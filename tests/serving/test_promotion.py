@@ -113,7 +113,7 @@ def test_what_does_not_belong_together_is_refused_naming_both(two_versions: Any)
 
 
 def test_a_damaged_or_missing_part_is_refused(two_versions: Any) -> None:
-    run, old = two_versions
+    run, _ = two_versions
     first = promote_version(run.scenario)
     promote_version(run.scenario, NEW, ctr="new-mim")
     matrix = artifacts.local_path(f"{first.snapshot}/matrix.bin")
