@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from mim_ray.errors import ArtifactError, VersionMismatchError
-from mim_ray.representation_center import updates
+from mim_ray.representation_center import updates, window_folder
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.lookup import EmbeddingLookup
 from mim_ray.representation_center.parameter_store import ParameterStore
@@ -96,7 +96,7 @@ def test_folding_works_before_there_is_a_table(tmp_path: Path) -> None:
 
 KILLED_FOLD = """
 import sys, time
-from mim_ray.representation_center import updates
+from mim_ray.representation_center import updates, window_folder
 from mim_ray.representation_center.table import EmbeddingTable
 
 center = sys.argv[1]
@@ -145,7 +145,7 @@ def test_two_folders_at_once_fold_each_segment_once(center: str) -> None:
 
 def test_a_damaged_segment_stops_the_fold_with_its_name(center: str) -> None:
     name = append_segment(f"{center}/window", message(["x"], 1, 1), encoder_version="v1")
-    Path(f"{center}/window/v1/{name}.arrow").write_bytes(b"no arrow")
+    Path(window_folder.segment_uri(f"{center}/window", "v1", name)).write_bytes(b"no arrow")
     with pytest.raises(ArtifactError, match=name):
         fold(f"{center}/window", EmbeddingTable(f"{center}/table"))
 
