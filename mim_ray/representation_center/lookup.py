@@ -46,7 +46,7 @@ class Embeddings:
     """Answer to a lookup of n ids.
 
     Attributes:
-        matrix: (n, D) float32, zeros where not found. found: (n,) bool.
+        matrix: (n, D) float32 (or as asked for), zeros where not found. found: (n,) bool.
         category: (n,) strings; null unless the item came after the snapshot and its message named one.
     """
 
@@ -56,30 +56,51 @@ class Embeddings:
 
 
 class LayeredRows:
-    """A snapshot under an overlay that somebody else fills: the reading half of `EmbeddingLookup`."""
+    """A snapshot under overlays that somebody else fills: the reading half of `EmbeddingLookup`.
 
-    def __init__(self, snapshot: Snapshot, overlay: Overlay) -> None:
-        self.snapshot, self.overlay = snapshot, overlay
+    Args:
+        overlays: one, or one of each shard of the keys (`shard_of`); None where the keys of a shard are not asked for.
+    """
 
-    def get(self, ids: Ids) -> Embeddings:
-        """The newest embedding of each id; see the module for unknown ones. Any number of threads may ask."""
+    def __init__(self, snapshot: Snapshot, overlays: Sequence[Overlay | None]) -> None:
+        self.snapshot, self.overlays = snapshot, overlays
+
+    def get(self, ids: Ids, *, dtype: type = np.float32) -> Embeddings:
+        """The newest embedding of each id; see the module for unknown ones. Any number of threads may ask.
+
+        Args:
+            dtype: of the vectors; np.float16 saves a copy where the snapshot stores that.
+        """
         keys = string_array(ids)
         rows = self.snapshot.lookup(keys)
-        matrix = self.snapshot.gather(rows)
         found = rows >= 0
+        matrix = self._gather(rows, found, dtype)
         category = pa.nulls(len(keys), pa.string())
-        if self.overlay.num_items:
-            rows = self.overlay.find(hash_ids(keys), keys)
+        filled = [(shard, overlay) for shard, overlay in enumerate(self.overlays) if overlay and overlay.num_items]
+        if filled:
+            hashes = hash_ids(keys)
+            shards = shard_of(hashes, len(self.overlays)) if len(self.overlays) > 1 else None
+        for shard, overlay in filled:
+            asked = np.arange(len(keys)) if shards is None else np.flatnonzero(shards == shard)
+            mine = keys if shards is None else keys.take(pa.array(asked))
+            rows = overlay.find(hashes[asked], mine)
             hit = np.flatnonzero(rows >= 0)
             if len(hit):
-                rows = rows[hit]
-                deleted = self.overlay.deleted(rows)
-                matrix[hit] = np.where(deleted[:, None], np.float32(0), self.overlay.gather(rows))
+                rows, hit = rows[hit], asked[hit]
+                deleted = overlay.deleted(rows)
+                matrix[hit] = np.where(deleted[:, None], 0, overlay.gather(rows))
                 found[hit] = ~deleted
                 mask = np.zeros(len(keys), bool)
                 mask[hit] = True
-                category = pc.replace_with_mask(category, pa.array(mask), self.overlay.category(rows))
+                category = pc.replace_with_mask(category, pa.array(mask), overlay.category(rows))
         return Embeddings(matrix, found, category)
+
+    def _gather(self, rows: np.ndarray, found: np.ndarray, dtype: type) -> np.ndarray:
+        if dtype == np.float32 or self.snapshot.dtype != np.dtype(dtype).name or not found.any():
+            return self.snapshot.gather(rows).astype(dtype, copy=False)
+        matrix = np.take(self.snapshot.matrix, np.where(found, rows, 0), axis=0)
+        matrix[~found] = 0
+        return matrix
 
 
 class EmbeddingLookup(LayeredRows):
@@ -105,7 +126,8 @@ class EmbeddingLookup(LayeredRows):
         table_every_s: float = 0.5,
     ) -> None:
         dtype = snapshot.dtype if snapshot.dtype in DTYPES else "float32"
-        super().__init__(snapshot, Overlay.create(folder, width=snapshot.width, dtype=dtype))
+        self.overlay = Overlay.create(folder, width=snapshot.width, dtype=dtype)
+        super().__init__(snapshot, [self.overlay])
         self.shard = shard
         version = snapshot.encoder_version
         self._window = None if window is None else WindowTail(window, version)
@@ -250,7 +272,9 @@ class EmbeddingLookup(LayeredRows):
         newer = commit > self.snapshot.delta_version
         if self.snapshot.content_at is None:
             return newer
-        held_at = np.where(known, self.snapshot.content_at[np.where(known, rows, 0)] if known.any() else NO_TIME, NO_TIME)
+        held_at = np.where(
+            known, self.snapshot.content_at[np.where(known, rows, 0)] if known.any() else NO_TIME, NO_TIME
+        )
         newer &= ~known | (content_at >= held_at)
         again = np.flatnonzero(newer & known & (content_at == held_at) & (commit != NOT_COMMITTED) & ~deleted)
         if len(again):  # compaction brings old rows with a later commit

@@ -36,9 +36,21 @@ from mim_ray.errors import ArtifactError
 from mim_ray.representation_center.row_index import RowIndex
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
+LARGEST = {"float32": float(np.finfo(np.float32).max), "float16": 65_504.0}
 
 _MAGIC = 0x4D494D4F564C3031
-_FIELDS = ["magic", "width", "itemsize", "capacity", "text_capacity", "first_row", "published", "closed", "synced", "retired"]
+_FIELDS = [
+    "magic",
+    "width",
+    "itemsize",
+    "capacity",
+    "text_capacity",
+    "first_row",
+    "published",
+    "closed",
+    "synced",
+    "retired",
+]
 _HEADER_BYTES = 4_096
 _FIRST_BYTES, _MOST_BYTES = 2**20, 2**28
 _TEXT_BYTES = 48  # of key and category, a row, as planned; more closes a file earlier
@@ -150,9 +162,7 @@ class Overlay:
                 continue
             part = slice(done, end)
             text = np.frombuffer(texts.buffers()[2], np.uint8)[ends[2 * done] : ends[2 * end]]
-            with np.errstate(over="ignore"):
-                largest = np.finfo(DTYPES[self.dtype]).max
-                rows = np.clip(matrix[part], -largest, largest)
+            rows = np.clip(matrix[part], -LARGEST[self.dtype], LARGEST[self.dtype])
             file.write(
                 hashes[part], content_at[part], sources[part], flags[part],
                 ends[2 * done : 2 * end + 1] - ends[2 * done], rows, text,
@@ -255,9 +265,7 @@ class _File:
         """(2 capacity,) key and category of each row in turn; only those of published rows may be touched."""
 
     @classmethod
-    def create(
-        cls, folder: Path | None, number: int, first_row: int, width: int, dtype: str, text_bytes: int
-    ) -> _File:
+    def create(cls, folder: Path | None, number: int, first_row: int, width: int, dtype: str, text_bytes: int) -> _File:
         """Large enough for a row with `text_bytes` of text."""
         itemsize = np.dtype(DTYPES[dtype]).itemsize
         wanted = min(_FIRST_BYTES << number, _MOST_BYTES)
