@@ -108,14 +108,14 @@ class View:
             a view of the newest release that any of them has published; None if nothing can be read.
         """
         found: dict[int, tuple[Control, int, dict[str, Any]]] = {}
-        for shard, control in enumerate(controls):
+        for number, control in enumerate(controls):
             if control is not None:
                 generation = control.generation
                 try:
                     value = json.loads((control.folder / f"view-{generation}.json").read_text())
                 except (OSError, ValueError):
                     continue  # the machine is away, or has just switched again
-                found[shard] = (control, generation, value)
+                found[number] = (control, generation, value)
         if not found:
             return None
         serial = max(value["serial"] for _, _, value in found.values())
@@ -127,6 +127,8 @@ class View:
                 overlays: list[Overlay | None] = [None] * len(controls)
                 for shard, (_, _, value) in found.items():
                     overlays[shard] = Overlay.open(Path(value["overlays"][name]))
+                if len(found) < len(controls) and artifacts.local_path(source.snapshot) is None:
+                    return None  # this node has a part of the snapshot only, and would download the rest
                 tables[name] = LayeredRows(Snapshot.open(source.snapshot, verify=False), overlays)
         except ArtifactError:
             return None  # retired meanwhile: the next call sees the newer one

@@ -15,6 +15,7 @@ hides newer. A row enters the overlay only where it wins.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -27,10 +28,11 @@ import pyarrow.compute as pc
 
 from mim_ray.data.ids import Ids, hash_ids
 from mim_ray.representation_center.build import embedding_matrix
-from mim_ray.representation_center.key_index import string_array
+from mim_ray.representation_center.current_rows import current_row_numbers, times
+from mim_ray.representation_center.key_index import shard_of, string_array
 from mim_ray.representation_center.overlay import DTYPES, Overlay
 from mim_ray.representation_center.snapshot import NO_TIME, Snapshot
-from mim_ray.representation_center.table import EmbeddingTable, current_row_numbers, times
+from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.table_tail import TableTail
 from mim_ray.representation_center.updates import WindowTail
 
@@ -72,14 +74,13 @@ class LayeredRows:
             dtype: of the vectors; np.float16 saves a copy where the snapshot stores that.
         """
         keys = string_array(ids)
-        rows = self.snapshot.lookup(keys)
-        found = rows >= 0
-        matrix = self._gather(rows, found, dtype)
-        category = pa.nulls(len(keys), pa.string())
+        hashes = hash_ids(keys)
         filled = [(shard, overlay) for shard, overlay in enumerate(self.overlays) if overlay and overlay.num_items]
-        if filled:
-            hashes = hash_ids(keys)
-            shards = shard_of(hashes, len(self.overlays)) if len(self.overlays) > 1 else None
+        shards = shard_of(hashes, len(self.overlays)) if filled and len(self.overlays) > 1 else None
+        rows = self.snapshot.lookup(keys, hashes)
+        found = rows >= 0
+        matrix = self._gather(rows, dtype)
+        category = pa.nulls(len(keys), pa.string())
         for shard, overlay in filled:
             asked = np.arange(len(keys)) if shards is None else np.flatnonzero(shards == shard)
             mine = keys if shards is None else keys.take(pa.array(asked))
@@ -95,12 +96,14 @@ class LayeredRows:
                 category = pc.replace_with_mask(category, pa.array(mask), overlay.category(rows))
         return Embeddings(matrix, found, category)
 
-    def _gather(self, rows: np.ndarray, found: np.ndarray, dtype: type) -> np.ndarray:
-        if dtype == np.float32 or self.snapshot.dtype != np.dtype(dtype).name or not found.any():
-            return self.snapshot.gather(rows).astype(dtype, copy=False)
-        matrix = np.take(self.snapshot.matrix, np.where(found, rows, 0), axis=0)
-        matrix[~found] = 0
-        return matrix
+    def _gather(self, rows: np.ndarray, dtype: type) -> np.ndarray:
+        if self.snapshot.dtype == np.dtype(dtype).name:
+            return self.snapshot.gather_stored(rows)
+        if (
+            self.snapshot.dtype == "float16" and "torch" not in sys.modules
+        ):  # which takes seconds to load, for microseconds
+            return self.snapshot.gather_stored(rows).astype(dtype)
+        return self.snapshot.gather(rows).astype(dtype, copy=False)
 
 
 class EmbeddingLookup(LayeredRows):
@@ -203,14 +206,14 @@ class EmbeddingLookup(LayeredRows):
         num = 0
         for file in tail.poll():
             if file.batch_shard is None:
-                shards = file.shards()
-                known = shards & self._segments
+                segments = file.marks().segments
+                known = segments & self._segments
                 for name in known:
                     if (number := self._source_numbers.get(name)) is not None:
                         self._commits[number] = file.commit_version
-                if len(known) == len(shards):
+                if file.is_realtime and len(known) == len(segments):
                     continue  # the fold of segments that were taken in before
-                self._segments |= shards
+                self._segments |= segments
             for rows in file.batches(_COLUMNS, _BATCH_ROWS):
                 num += self._take(rows)
         tail.done()
@@ -239,7 +242,12 @@ class EmbeddingLookup(LayeredRows):
         below = np.flatnonzero(held < 0)
         if len(below):
             wins[below] = self._above_snapshot(
-                keys.take(pa.array(below)), content_at[below], commit[below], deleted[below], matrix[below]
+                keys.take(pa.array(below)),
+                hashes[below],
+                content_at[below],
+                commit[below],
+                deleted[below],
+                matrix[below],
             )
         winners = np.flatnonzero(wins)
         if len(winners):
@@ -264,10 +272,16 @@ class EmbeddingLookup(LayeredRows):
         return newer & ~((content_at == held_at) & (sources == held_sources))  # the same row again
 
     def _above_snapshot(
-        self, keys: pa.Array, content_at: np.ndarray, commit: np.ndarray, deleted: np.ndarray, matrix: np.ndarray
+        self,
+        keys: pa.Array,
+        hashes: np.ndarray,
+        content_at: np.ndarray,
+        commit: np.ndarray,
+        deleted: np.ndarray,
+        matrix: np.ndarray,
     ) -> np.ndarray:
         """Whether rows come after those that the snapshot shows; a row that it shows already does not."""
-        rows = self.snapshot.lookup(keys)
+        rows = self.snapshot.lookup(keys, hashes)
         known = rows >= 0
         newer = commit > self.snapshot.delta_version
         if self.snapshot.content_at is None:
@@ -278,8 +292,13 @@ class EmbeddingLookup(LayeredRows):
         newer &= ~known | (content_at >= held_at)
         again = np.flatnonzero(newer & known & (content_at == held_at) & (commit != NOT_COMMITTED) & ~deleted)
         if len(again):  # compaction brings old rows with a later commit
+            shown = self.snapshot.gather_stored(rows[again]).astype(np.float32)
+            tolerance: np.ndarray | float = 0.0
+            if self.snapshot.scales is not None:
+                tolerance = self.snapshot.scales[rows[again]][:, None]
+                shown *= tolerance
             stored = matrix[again].astype(DTYPES[self.overlay.dtype]).astype(np.float32)
-            newer[again] = (stored != self.snapshot.gather(rows[again])).any(axis=1)
+            newer[again] = (np.abs(stored - shown) > tolerance).any(axis=1)
         return newer
 
     def _sources(self, shard_ids: pa.ChunkedArray, commit: np.ndarray) -> np.ndarray:
@@ -299,11 +318,6 @@ class EmbeddingLookup(LayeredRows):
         indices = encoded.indices.to_numpy()
         self._commits[numbers[indices]] = commit
         return numbers[indices]
-
-
-def shard_of(hashes: np.ndarray, num_shards: int) -> np.ndarray:
-    """(n,) int64 shard of each `hash_ids`: equal ranges of the 64-bit hashes."""
-    return ((hashes >> np.uint64(32)) * np.uint64(num_shards) >> np.uint64(32)).astype(np.int64)
 
 
 def _as_uncommitted(segment_id: str, rows: pa.Table) -> pa.Table:

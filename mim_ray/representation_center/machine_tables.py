@@ -20,7 +20,8 @@ from deltalake.exceptions import DeltaError
 from mim_ray import artifacts
 from mim_ray.data.ids import hash_ids
 from mim_ray.errors import ArtifactError, MimRayError
-from mim_ray.representation_center.lookup import EmbeddingLookup, shard_of
+from mim_ray.representation_center.key_index import shard_of
+from mim_ray.representation_center.lookup import EmbeddingLookup
 from mim_ray.representation_center.machine_release import MachineRelease
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
@@ -71,7 +72,7 @@ class ReleasePart:
         tables = {}
         for number, (name, source) in enumerate(release.tables.items()):
             tables[name] = EmbeddingLookup(
-                Snapshot.open(source.snapshot),
+                Snapshot.open(source.snapshot, shard=shard),
                 table=None if source.table is None else EmbeddingTable(source.table),
                 window=source.window,
                 shard=shard,

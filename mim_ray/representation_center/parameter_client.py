@@ -29,9 +29,9 @@ from mim_ray.config.scenario import ParameterMachines as Settings
 from mim_ray.data.ids import Ids, hash_ids
 from mim_ray.errors import UnavailableError
 from mim_ray.representation_center.direct_read import View
-from mim_ray.representation_center.key_index import string_array
+from mim_ray.representation_center.key_index import shard_of, string_array
 from mim_ray.representation_center.local_machines import LocalMachines
-from mim_ray.representation_center.lookup import Embeddings, shard_of
+from mim_ray.representation_center.lookup import Embeddings
 from mim_ray.representation_center.machine_calls import MachineCalls
 from mim_ray.representation_center.machine_tables import Vectors, shard_of_name
 

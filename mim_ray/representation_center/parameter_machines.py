@@ -103,7 +103,6 @@ class ParameterMachines:
         for (shard, replica), name in names.items():
             node = NodeAffinitySchedulingStrategy(nodes[(shard + replica) % len(nodes)], soft=True)
             actors[shard, replica] = MachineActor.options(  # type: ignore[attr-defined]
-               
                 name=name,
                 namespace=NAMESPACE,
                 lifetime="detached",
@@ -142,8 +141,9 @@ class ParameterMachines:
         """`ParameterMachine.where` of those that answer, and what is the matter with the others."""
         found: list[dict[str, Any]] = []
         for (shard, replica), actor in self.actors.items():
+            call: Any = actor.where.remote()
             try:
-                found.append(ray.get(actor.where.remote(), timeout=5.0))
+                found.append(ray.get(call, timeout=5.0))
             except (RayActorError, GetTimeoutError) as error:
                 found.append({"shard": shard, "replica": replica, "problem": str(error).partition("\n")[0]})
         return found
