@@ -29,9 +29,10 @@ import pyarrow.compute as pc
 from mim_ray.data.ids import Ids, hash_ids
 from mim_ray.representation_center.build import embedding_matrix
 from mim_ray.representation_center.current_rows import current_row_numbers, times
+from mim_ray.representation_center.deletions import Deletions
 from mim_ray.representation_center.key_index import shard_of, string_array
 from mim_ray.representation_center.overlay import DTYPES, Overlay
-from mim_ray.representation_center.snapshot import NO_TIME, Snapshot
+from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.table_tail import TableTail
 from mim_ray.representation_center.updates import WindowTail
@@ -136,6 +137,7 @@ class EmbeddingLookup(LayeredRows):
         self._window = None if window is None else WindowTail(window, version)
         self._source = table
         self._table = None if table is None else TableTail(table, version, snapshot.delta_version)
+        self._deletions = Deletions(table, version, snapshot.delta_version, shard)
         self._table_every_s, self._table_at = table_every_s, float("-inf")
         self._source_names: list[str] = []
         self._source_numbers: dict[str, int] = {}
@@ -283,13 +285,13 @@ class EmbeddingLookup(LayeredRows):
         """Whether rows come after those that the snapshot shows; a row that it shows already does not."""
         rows = self.snapshot.lookup(keys, hashes)
         known = rows >= 0
-        newer = commit > self.snapshot.delta_version
+        held_at = self._deletions.content_at(hashes)  # of items that the snapshot does not show
+        if self.snapshot.content_at is not None and len(self.snapshot.content_at):
+            held_at = np.where(known, self.snapshot.content_at.take(rows, mode="clip"), held_at)
+        newer = (commit > self.snapshot.delta_version) & (content_at >= held_at)
         if self.snapshot.content_at is None:
+            newer |= (commit > self.snapshot.delta_version) & known
             return newer
-        held_at = np.where(
-            known, self.snapshot.content_at[np.where(known, rows, 0)] if known.any() else NO_TIME, NO_TIME
-        )
-        newer &= ~known | (content_at >= held_at)
         again = np.flatnonzero(newer & known & (content_at == held_at) & (commit != NOT_COMMITTED) & ~deleted)
         if len(again):  # compaction brings old rows with a later commit
             shown = self.snapshot.gather_stored(rows[again]).astype(np.float32)
