@@ -8,6 +8,7 @@
     ├── StorageError           an object store cannot be reached, refuses, or lacks what commits need
     ├── TrainingError          training cannot go on
     │   └── NonFiniteLossError     the loss became NaN or infinite; the optimizer did not move
+    ├── UnavailableError       parameter machines did not answer in time
     └── RequestError           an HTTP request that cannot be answered (carries the 4xx status)
 
 Each carries one sentence that names what is wrong, the value met, where it came from, and what to do. All of them survive
@@ -47,6 +48,10 @@ class TrainingError(MimRayError, RuntimeError):
 
 class NonFiniteLossError(TrainingError):
     """The loss is NaN or infinite; raised before the optimizer moves."""
+
+
+class UnavailableError(MimRayError, TimeoutError):
+    """What should answer is away; the same question may be answered a moment later."""
 
 
 class RequestError(MimRayError, ValueError):

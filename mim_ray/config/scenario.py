@@ -421,6 +421,30 @@ class Serving(Section):
     """New items are folded into the Delta table this often (paper 3.5, RIM)."""
 
 
+class ParameterMachines(Section):
+    """CMD (paper 3.5): actors that hold the embedding tables and dense parameters of a release."""
+
+    shards: Positive = 2
+    """S: the keys are split over this many machines, by hash."""
+    replicas: Positive = 2
+    """R: machines that hold the same shard. With 2, lookups go on while one of them is restarted."""
+    cpus_per_machine: Annotated[float, Field(ge=0.0)] = 0.1
+    """What Ray reserves for each machine."""
+    folder: str | None = None
+    """Local folder of the rows that came after a snapshot, on every node. Default: machines/ in the cache folder
+    (MIM_RAY_CACHE, or ~/.cache/mim_ray)."""
+    follow_every_s: PositiveFloat = 0.1
+    """How often a machine looks for new window messages; pushed ones come at once. On object storage each look is a request."""
+    freshness_s: PositiveFloat = 5.0
+    """A machine that has not looked successfully for longer than this does not answer: no path returns an old row."""
+    deadline_ms: Positive = 1_000
+    """A lookup that no machine has answered by then fails, or degrades."""
+    hedge_ms: Positive = 50
+    """A machine that has not answered within this time is not waited for any more where its shard has another one."""
+    degrade: bool = False
+    """At the deadline answer unknown (zeros) for the keys of a shard that is away, with a flag, instead of an error."""
+
+
 class Scenario(Section):
     """Everything a run can be told."""
 
@@ -437,3 +461,4 @@ class Scenario(Section):
     ciubm: Ciubm = Ciubm()
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
+    machines: ParameterMachines = ParameterMachines()

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from mim_ray.data.ids import IdBytes, Ids, hash_ids, words_of
+from mim_ray.data.ids import IdBytes, Ids, hash_ids
 
-KEY_PADDING = 8
-"""Zero bytes behind the last id, so that eight bytes can be read from any position."""
+KEY_PADDING = 24
+"""Zero bytes behind the last id, so that two aligned words can be read from any position."""
 _HALF = np.uint64(32)
 
 
@@ -26,7 +26,8 @@ class KeyIndex:
     Args:
         hashes: (N,) uint64 `hash_ids`, ascending.
         offsets: (N + 1,) uint32, where each id begins, modulo 2^32.
-        key_bytes: uint8, the ids in UTF-8 one after another in the order of their hashes, then `KEY_PADDING` zeros.
+        key_bytes: uint8, the ids in UTF-8 one after another in the order of their hashes, then `KEY_PADDING` zeros;
+            begins at a multiple of 8 in memory.
         buckets: (B + 1,) unsigned, first row of each value of a hash's leading bits (`bucket_table`), or a part of it.
         first_bucket: number of the first entry of `buckets`. first_row: number of the first row, which its entries count in.
         bucket_bits: how many leading bits.
@@ -51,7 +52,7 @@ class KeyIndex:
         self._shift = np.uint64(64 - bucket_bits)
         self._first_bucket, self._first_row, self._first_byte = first_bucket, first_row, first_byte
         self._wraps = np.array(wraps, np.int64)
-        self._words = words_of(key_bytes)
+        self._words = key_bytes[: len(key_bytes) // 8 * 8].view(np.uint64)
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -60,8 +61,10 @@ class KeyIndex:
     def ids(self) -> pa.LargeStringArray:
         """(N,) the ids in row order; their bytes are not copied, 8 bytes of offset are made for each."""
         lengths = np.diff(self.offsets)  # modulo 2^32, as the offsets
-        starts = np.zeros(len(self) + 1, np.int64)
-        np.cumsum(lengths, out=starts[1:])
+        starts = np.empty(len(self) + 1, np.int64)
+        starts[0] = self._starts(np.zeros(1, np.int64))[0]
+        np.cumsum(lengths, out=starts[1:], dtype=np.int64)
+        starts[1:] += starts[0]
         return pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(starts), pa.py_buffer(self.key_bytes))
 
     def find(self, ids: Ids, hashes: np.ndarray | None = None) -> np.ndarray:
@@ -85,6 +88,8 @@ class KeyIndex:
             alive = np.flatnonzero((self.hashes.take(rows, mode="clip") == wanted[pending]) & (rows < len(self)))
             if len(alive) < len(pending):
                 pending, rows = pending[alive], rows[alive]
+            if not len(pending):
+                break
             same = self._same(rows, keys, pending)
             if same.all():
                 found[pending] = rows
@@ -112,44 +117,34 @@ class KeyIndex:
             pending, at, ends, wanted = pending[less], at[less] + 1, ends[less], wanted[less]
         return rows
 
+    def _starts(self, rows: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
+        """(m,) int64 place in `key_bytes` at which the id of each row begins."""
+        starts = (self.offsets.take(rows) if offsets is None else offsets).astype(np.int64)
+        if len(self._wraps):
+            starts += np.searchsorted(self._wraps, rows + self._first_row, "right") << 32
+        if self._first_byte:
+            starts -= self._first_byte
+        return starts
+
     def _same(self, rows: np.ndarray, keys: IdBytes, positions: np.ndarray) -> np.ndarray:
         """(m,) bool: whether the id of each row is the asked one at each position."""
         offsets = self.offsets.take(rows)
         lengths = (self.offsets.take(rows + 1) - offsets).astype(np.int64)  # the difference modulo 2^32 is right
         everyone = len(positions) == len(keys)
-        asked = keys.starts if everyone else keys.starts[positions]
-        same = lengths == (keys.lengths if everyone else keys.lengths[positions])
-        stored = offsets.astype(np.int64)
-        if len(self._wraps):
-            stored += np.searchsorted(self._wraps, rows + self._first_row, "right") << 32
-        if self._first_byte:
-            stored -= self._first_byte
+        same: np.ndarray = lengths == (keys.lengths if everyone else keys.lengths[positions])
         if not same.all():
             where = np.flatnonzero(same)
-            same[where] = self._same_bytes(stored[where], asked[where], lengths[where], keys.words)
+            if len(where):
+                same[where] = self._same(rows[where], keys, positions[where])
             return same
-        return self._same_bytes(stored, asked, lengths, keys.words)
-
-    def _same_bytes(self, stored: np.ndarray, asked: np.ndarray, lengths: np.ndarray, words: np.ndarray) -> np.ndarray:
-        """Compare ids of equal length: whole words, then the last word, which overlaps the one before it."""
-        if not len(lengths):
-            return np.empty(0, bool)
+        stored = IdBytes(self._starts(rows, offsets), lengths, self._words)
         shortest, longest = int(lengths.min()), int(lengths.max())
-        if shortest >= 8:
-            same = self._words[stored] == words[asked]
-        else:
-            unused = np.maximum(8 - lengths, 0).astype(np.uint64) << np.uint64(3)
-            differ = (self._words[stored] ^ words[asked]) << unused
-            same = (differ == 0) | (lengths == 0)
-        if longest > 8 and shortest >= 8:
-            same &= self._words[stored + (lengths - 8)] == words[asked + (lengths - 8)]
-        elif longest > 8:
-            long = np.flatnonzero(lengths > 8)
-            last = lengths[long] - 8
-            same[long] &= self._words[stored[long] + last] == words[asked[long] + last]
-        for position in range(8, longest - 8, 8):
-            long = np.flatnonzero(lengths > position + 8)
-            same[long] &= self._words[stored[long] + position] == words[asked[long] + position]
+        for number in range(-(-longest // 8)):
+            if 8 * number < shortest:
+                same &= stored.words(number) == keys.words(number, None if everyone else positions)
+            else:
+                where = np.flatnonzero(lengths > 8 * number)
+                same[where] &= stored.words(number, where) == keys.words(number, where if everyone else positions[where])
         return same
 
 

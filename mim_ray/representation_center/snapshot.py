@@ -9,7 +9,7 @@ Layout of a state (snapshot_line.py tells how states make a line), rows in the o
 
     manifest.json   what is shown (encoder version, Delta version, rows, width, dtype), files, sizes, checksums
     hashes.bin      (N,) uint64 ascending        buckets.bin  first row of each range of hashes (key_index.py)
-    offsets.bin     (N + 1,) uint32              keys.bin     ids in UTF-8, then 8 zeros
+    offsets.bin     (N + 1,) uint32              keys.bin     ids in UTF-8, then zeros
     matrix.bin      (N, D) float32, float16 or int8      scales.bin  (N,) float32, int8 only: a value is scale · integer
     content_at.bin  (N,) int64, microseconds     content.bin  (N, 16) uint8 content hashes, zeros where unknown
     content_keys.bin, content_rows.bin           first 8 bytes of the known content hashes ascending, and their rows
@@ -245,7 +245,8 @@ def _key_index(files: SnapshotFiles, manifest: dict[str, Any], first: int, end: 
     offsets = _array(files, "offsets.bin", np.uint32, first, end + 1)[:, 0]
     wraps = manifest["key_wraps"]
     ends = [int(offsets[at - first]) + (sum(wrap <= at for wrap in wraps) << 32) for at in (first, end)]
-    keys = files.map("keys.bin", ends[0], ends[1] + KEY_PADDING)
+    first_byte = ends[0] // 8 * 8  # so that words are aligned
+    keys = files.map("keys.bin", first_byte, ends[1] + KEY_PADDING)
     bucket_type = np.dtype(manifest["bucket_dtype"])
     first_bucket, end_bucket = 0, 2**bits
     if end - first < manifest["rows"]:
@@ -261,6 +262,6 @@ def _key_index(files: SnapshotFiles, manifest: dict[str, Any], first: int, end: 
         bucket_bits=bits,
         first_bucket=first_bucket,
         first_row=first,
-        first_byte=ends[0],
+        first_byte=first_byte,
         wraps=wraps,
     )
