@@ -1,7 +1,8 @@
 """An S3 API server on loopback for the tests: moto in a process of its own. Prints its port, then serves until it is stopped.
 
 Conditional writes are atomic, as S3 promises (moto alone looks first and writes then). `GET /__requests__` gives and clears
-the list of requests since the last time; `PUT /__conditional__/off` makes it a store without conditional writes, `/on` ends it.
+the list of requests since the last time; `PUT /__conditional__/off` makes it a store without conditional writes, `/on` ends
+it; `PUT /__older__/3600` makes all objects an hour older.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any
 
+from moto.s3.models import s3_backends
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -32,6 +35,13 @@ def application(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[
         return [answer]
     if path.startswith("/__conditional__/"):
         conditional = path.endswith("/on")
+        start("200 OK", [("Content-Length", "0")])
+        return [b""]
+    if path.startswith("/__older__/"):
+        for account in s3_backends.values():
+            for bucket in account["aws"].buckets.values():
+                for key in bucket.keys.values():
+                    key.last_modified -= timedelta(seconds=int(path.rpartition("/")[2]))
         start("200 OK", [("Content-Length", "0")])
         return [b""]
     requests.append(f"{method} {path}?{environ['QUERY_STRING']}")

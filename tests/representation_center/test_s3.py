@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,13 @@ from mim_ray import artifacts
 from mim_ray.data.schema import TIME
 from mim_ray.errors import ArtifactError
 from mim_ray.representation_center.build import build_snapshot
+from mim_ray.representation_center.compaction import compact, purge
 from mim_ray.representation_center.data_files import write_fragment
 from mim_ray.representation_center.parameter_store import ParameterStore
 from mim_ray.representation_center.snapshot import Snapshot, write_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import WindowTail, append_segment, fold, list_segments, segment_rows
+from mim_ray.representation_center.vacuum import vacuum
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -77,7 +79,7 @@ def test_window_messages_are_read_folded_and_served(s3: Any) -> None:
     assert tail.poll() == []
     append_segment(window, message(["a", "new"], 5, NOON.replace(hour=13)), encoder_version="v1")
     append_segment(window, message(["b"], 6, NOON.replace(hour=11)), encoder_version="v1")  # older: never wins
-    assert store.refresh() == 3
+    assert store.refresh() == 2  # b's older content does not count
     assert store.multi_get(["a", "b", "new"])[0][:, 0].tolist() == [5, 1, 5]
     assert [found.num_rows for _, found in tail.poll()] == [2, 1]
     s3.requests()
@@ -148,3 +150,29 @@ def test_two_folds_at_once_bring_each_message_once(s3: Any) -> None:
     ids = [row for file in files for row in file.read(["item_id"])["item_id"].to_pylist()]
     assert sorted(ids) == sorted(f"i{number}" for number in range(12))
     assert list_segments(f"{center}/window", "v1") == []
+
+
+def test_compaction_purge_and_vacuum_keep_the_current_rows(s3: Any) -> None:
+    table = EmbeddingTable(f"{s3.uri}/table").create()
+    for number in range(9):
+        table.append(rows([f"i{number}", "all"], number, NOON.replace(minute=number)), encoder_version="v1")
+    table.append(rows(["i3"], 0, NOON.replace(hour=13), deleted=[True]), encoder_version="v1")
+    before = {row["item_id"]: row["embedding"][0] for row in table.current_rows("v1").to_pylist()}
+    shards = table.committed_shards("v1")
+    orphan = write_fragment(table.uri, rows(["lost"], 1), encoder_version="v1", shard_id="never-committed")
+    assert compact(table, "v1").num_merges > 0
+    assert len(table.scan("v1")[1]) < 10
+    assert purge(table, "v1", before=NOON.replace(year=2027), until=table.version).num_purged > 0
+    fresh = EmbeddingTable(table.uri)
+    assert {row["item_id"]: row["embedding"][0] for row in fresh.current_rows("v1").to_pylist()} == before
+    assert fresh.committed_shards("v1") == shards
+    files = set(artifacts.list_files(table.uri, ".parquet"))
+    assert vacuum(table, retention=timedelta(hours=1)).num_files == 0  # all of it is younger
+    assert f"{table.uri}/{orphan.path}" in artifacts.list_files(table.uri, ".parquet")
+    assert files <= set(artifacts.list_files(table.uri, ".parquet"))
+    s3.make_older(7_200)
+    assert vacuum(table, retention=timedelta(hours=1)).num_files >= 1
+    left = artifacts.list_files(table.uri, ".parquet")
+    assert set(left) == files - {f"{table.uri}/{orphan.path}"}  # what was replaced just now may still be read
+    assert {file.uri for file in table.files()} <= set(left)
+    assert {row["item_id"]: row["embedding"][0] for row in fresh.current_rows("v1").to_pylist()} == before
