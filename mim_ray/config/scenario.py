@@ -45,6 +45,9 @@ class Run(Section):
 
     root: str | None = None
     """Folder or URI for the artifacts. Default: runs/<scenario> here; in a submitted job ~/mim_ray_runs/<scenario>."""
+    center: str | None = None
+    """Folder or URI of the representation center. Default: center below run.root. Runs may share one: the embeddings of
+    a new encoder fill beside those that are served."""
     seed: Count = 0
     """Every random choice derives from it."""
     num_cpus: Positive | None = None

@@ -21,6 +21,7 @@ import pyarrow.fs as pafs
 from mim_ray import artifacts
 from mim_ray.data.schema import TABLES, TIME, TableSchema
 from mim_ray.errors import DataError
+from mim_ray.object_store import delta_options, storage_error
 
 if TYPE_CHECKING:
     import ray.data
@@ -88,7 +89,7 @@ def read_table(root: str, name: str, columns: Sequence[str] | None = None) -> ra
     names = list(columns) if columns is not None else table.schema.names
     present = [column for column in names if column in dataset.schema.names]
     if _is_delta(uri):
-        rows = ray.data.read_delta(uri, columns=present)
+        rows = ray.data.read_delta(uri, columns=present, storage_options=delta_options(uri))
     else:
         filesystem, _ = artifacts.filesystem(uri)
         rows = ray.data.read_parquet(list(dataset.files), filesystem=filesystem, columns=present)
@@ -104,7 +105,8 @@ def open_dataset(uri: str, name: str) -> ds.Dataset:
     """
     try:
         if _is_delta(uri):
-            dataset = deltalake.DeltaTable(uri).to_pyarrow_dataset(filesystem=artifacts.folder_filesystem(uri))
+            table = deltalake.DeltaTable(uri, storage_options=delta_options(uri))
+            dataset = table.to_pyarrow_dataset(filesystem=artifacts.folder_filesystem(uri))
         else:
             filesystem, path = artifacts.filesystem(uri)
             dataset = ds.dataset(path, filesystem=filesystem, format="parquet", partitioning="hive")
@@ -112,6 +114,8 @@ def open_dataset(uri: str, name: str) -> ds.Dataset:
         if not dataset.count_rows():
             raise DataError(f"{uri} is empty: it has no rows. Fill it, or set data.root to another folder.")
     except (pa.ArrowInvalid, OSError) as error:
+        if (told := storage_error(error, uri)) is not None:
+            raise told from None
         raise DataError(f"{uri} cannot be read as Parquet ({error}). Write it again as Parquet or Delta.") from None
     return dataset
 

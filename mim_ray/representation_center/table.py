@@ -38,6 +38,7 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction
 
 from mim_ray import artifacts
 from mim_ray.errors import ArtifactError
+from mim_ray.object_store import delta_options, require_conditional_writes, storage_errors
 from mim_ray.representation_center.current_rows import CURRENT_ROWS_SQL, current_row_numbers, times
 from mim_ray.representation_center.data_files import PARTITIONS, SCHEMA, DataFile, Fragment, Marks, write_fragment
 from mim_ray.representation_center.log_state import LogState, add_action, remove_action
@@ -67,22 +68,30 @@ class EmbeddingTable:
         return (EmbeddingTable, (self.uri,))
 
     def create(self) -> EmbeddingTable:
-        """Make the empty table if there is none."""
+        """Make the empty table if there is none.
+
+        Raises:
+            StorageError: the object store has no conditional writes, or cannot be reached.
+        """
         if not self.exists():
+            require_conditional_writes(self.uri)
             local = artifacts.local_path(self.uri)
             if local is not None:
                 local.mkdir(parents=True, exist_ok=True)
-            DeltaTable.create(
-                self.uri,
-                Schema.from_arrow(SCHEMA),
-                mode="ignore",
-                partition_by=PARTITIONS,
-                configuration=dict(retention_settings(RETENTION)),
-            )
+            with storage_errors(self.uri):
+                DeltaTable.create(
+                    self.uri,
+                    Schema.from_arrow(SCHEMA),
+                    mode="ignore",
+                    partition_by=PARTITIONS,
+                    configuration=dict(retention_settings(RETENTION)),
+                    storage_options=delta_options(self.uri),
+                )
         return self
 
     def exists(self) -> bool:
-        return DeltaTable.is_deltatable(self.uri)
+        with storage_errors(self.uri):
+            return DeltaTable.is_deltatable(self.uri, delta_options(self.uri))
 
     def open(self) -> DeltaTable:
         """A handle of the newest version, the caller's own.
@@ -91,7 +100,8 @@ class EmbeddingTable:
             ArtifactError: there is no table.
         """
         try:
-            return DeltaTable(self.uri)
+            with storage_errors(self.uri):
+                return DeltaTable(self.uri, storage_options=delta_options(self.uri))
         except TableNotFoundError:
             raise ArtifactError(f"{self.uri} is no Delta table. Run the extraction first.") from None
 

@@ -100,7 +100,8 @@ def make_run(root: Path, encoder_folder: Path) -> SmallRun:
     table.append(rows, encoder_version=encoder.encoder_version, shard_id="s0")
     snapshot = f"{root}/center/snapshots/{encoder.encoder_version}"
     build_snapshot(table, encoder.encoder_version, snapshot)
-    manifest = artifacts.Manifest("extraction", "f", artifacts.now(), 1.0, {}, {"snapshot": snapshot}, (), {}, {})
+    metrics = {"snapshot": snapshot, "encoder_version": encoder.encoder_version}
+    manifest = artifacts.Manifest("extraction", "f", artifacts.now(), 1.0, {}, metrics, (), {}, {})
     artifacts.write_manifest(f"{root}/extraction", manifest)
     behaviors = {"user_id": [f"u{row}" for row in range(10)], "behaviors": [ids[row : row + 5] for row in range(10)]}
     (root / "samples" / "behaviors").mkdir(parents=True)
