@@ -23,19 +23,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must no
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two lanes (`-n 2 --dist loadgroup`): what needs the head node, then all that shares the session's Ray, run one after
-    another in one process each, so that there is one of both; every other file goes where there is room. Longest first."""
-
-    def lane(item: pytest.Item) -> str:
-        names = getattr(item, "fixturenames", ())
-        return "head" if "head" in names else "ray" if "ray_cluster" in names else "file"
-
+    """Whatever uses the session's Ray or the head node is marked `ray`: `make test` runs these and the others side by side."""
     for item in items:
-        group = lane(item)
-        item.add_marker(pytest.mark.xdist_group(str(item.path) if group == "file" else group))
-    items.sort(key=lambda item: ("head", "ray", "file").index(lane(item)))  # stable
+        if {"ray_cluster", "head"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ray")
 
 
 @dataclass(frozen=True)

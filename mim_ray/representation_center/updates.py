@@ -40,6 +40,7 @@ WINDOW_SCHEMA = pa.schema(
 )
 MAX_FOLDED_SEGMENTS = 5_000  # in one commit
 MAX_FOLDED_BYTES = 64 * 2**20
+READ_AT_ONCE = 64  # between two looks at MAX_FOLDED_BYTES
 
 
 @dataclass(frozen=True)
@@ -214,19 +215,19 @@ def _read_all(
     num = num_bytes = 0
     wanted = list(islice(uris.items(), max_segments))
     while num < len(wanted) and num_bytes < max_bytes:
-        some = wanted[num : num + artifacts.REQUESTS_AT_ONCE]
-        for (name, _), read in zip(some, artifacts.for_each(_try_read, [uri for _, uri in some]), strict=True):
-            if isinstance(read, pa.Table):
-                found[name] = read
-                num_bytes += read.nbytes
-            elif read is not None:
-                damaged[name] = read
-        num += len(some)
+        names, some = zip(*wanted[num : num + READ_AT_ONCE], strict=True)
+        for name, result in zip(names, artifacts.for_each(_read_or_error, some), strict=True):
+            if isinstance(result, pa.Table):
+                found[name] = result
+                num_bytes += result.nbytes
+            elif result is not None:
+                damaged[name] = result
+        num += len(names)
     return found, damaged, num
 
 
-def _try_read(uri: str) -> pa.Table | ArtifactError | None:
-    """Rows, or what is wrong with them; None where the file is gone."""
+def _read_or_error(uri: str) -> pa.Table | ArtifactError | None:
+    """The rows; what is wrong with them; None where the file is gone."""
     try:
         return _read(uri)
     except ArtifactError as error:
