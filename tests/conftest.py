@@ -52,6 +52,10 @@ class S3:
     def set_conditional_writes(self, on: bool) -> None:
         self._put(f"__conditional__/{'on' if on else 'off'}")
 
+    def lose_answers(self, count: int) -> None:
+        """The next commits are made, but answered with an error."""
+        self._put(f"__lose__/{count}")
+
     def make_older(self, seconds: int) -> None:
         """All objects that are there."""
         self._put(f"__older__/{seconds}")
