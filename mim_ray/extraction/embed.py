@@ -30,26 +30,34 @@ BLOCKS_AHEAD = 2  # of each decoding task, kept in the object store
 
 
 @dataclass(frozen=True)
-class Work:
-    """What all shards of a job have in common.
+class Model:
+    """What an actor loads, once.
 
     Attributes:
         encoder: URI that `load` understands (a path, never the model itself: a new actor loads it again).
         load: (uri, use_gpu) -> Encode.
-        snapshot: URI of a snapshot of this encoder version whose content is copied; None without one.
-        decoder_cpus: of a decoding task; 0: the actor decodes itself.
     """
 
     encoder: str
-    encoder_version: str
     load: Callable[[str, bool], Encode]
-    use_gpu: bool
+    use_gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all shards of a job have in common.
+
+    Attributes:
+        table: URI of the embedding log. rejects: folder for what cannot be used.
+        snapshot: URI of a snapshot of this encoder version whose content is copied; None without one.
+    """
+
+    encoder_version: str
     decoding: Decoding
     batch_size: int
     table: str
     rejects: str
     snapshot: str | None = None
-    decoder_cpus: float = 0.0
 
 
 def load_encoder(
@@ -72,40 +80,43 @@ def load_encoder(
 class ShardEncoder:
     """The actor's class. Calls of different units may run at once, one after another in the encoder."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._encode = work.load(work.encoder, work.use_gpu)
+    def __init__(self, model: Model, decoder_cpus: float = 0.0) -> None:
+        self._encode = model.load(model.encoder, model.use_gpu)
+        self._decoder_cpus = decoder_cpus
         self._busy = threading.Lock()
         self._readers: dict[int, _Reader] = {}
 
     def ready(self) -> None:
         """Returns once the encoder is loaded."""
 
-    def encode_shard(self, number: int, unit: Unit, start: int, last: bool) -> ShardFile:
+    def encode_shard(self, work: Work, number: int, unit: Unit, start: int, last: bool) -> ShardFile:
         """Make the shard that begins at `start` and write its file and its rejects.
 
         Args:
-            number: of the unit in this job; the next shard of a unit is read on from where the last one ended.
+            number: of the unit in this pool; the next shard of a unit is read on from where the last one ended.
             last: no further shard of the unit will be asked of this actor.
         """
         piece = unit.slice(start)
-        reader = self._readers.pop(number, None) or _open(unit, self._work)
+        reader = self._readers.pop(number, None) or self._open(unit, work)
         blocks = []
         for block in reader.read(piece):
             with self._busy:
-                blocks.append(embed(block, self._encode, self._work.decoding.picture.size))
+                blocks.append(embed(block, self._encode, work.decoding.picture.size))
         if last:
             reader.close()
         else:
             self._readers[number] = reader
-        rows = resolve(pa.concat_tables(blocks), _snapshot(self._work))
+        rows = resolve(pa.concat_tables(blocks), _snapshot(work))
         return write_shard(
             rows,
             shard_id=piece.shard_id,
-            table=self._work.table,
-            rejects=self._work.rejects,
-            encoder_version=self._work.encoder_version,
+            table=work.table,
+            rejects=work.rejects,
+            encoder_version=work.encoder_version,
         )
+
+    def _open(self, unit: Unit, work: Work) -> _Reader:
+        return _RemoteReader(unit, work, self._decoder_cpus) if self._decoder_cpus else _Reader(unit, work)
 
 
 def embed(block: pa.Table, encode: Encode, image_size: int) -> pa.Table:
@@ -174,8 +185,8 @@ class _Reader:
 class _RemoteReader(_Reader):
     """Shards of a unit, decoded by a task that works ahead of what is read."""
 
-    def __init__(self, unit: Unit, work: Work) -> None:
-        self._unit, self._work = unit, work
+    def __init__(self, unit: Unit, work: Work, num_cpus: float) -> None:
+        self._unit, self._work, self._num_cpus = unit, work, num_cpus
         self._blocks: Any = None
         self._expected: deque[int] = deque()
 
@@ -185,7 +196,7 @@ class _RemoteReader(_Reader):
             starts = self._unit.starts[self._unit.starts >= piece.start]
             self._expected = deque(starts.tolist())
             self._blocks = _decode.options(
-                num_cpus=self._work.decoder_cpus, _generator_backpressure_num_objects=BLOCKS_AHEAD
+                num_cpus=self._num_cpus, _generator_backpressure_num_objects=BLOCKS_AHEAD
             ).remote(self._unit, starts, self._work)
         self._expected.popleft()
         left = piece.stop - piece.start
@@ -205,10 +216,6 @@ def _decode(unit: Unit, starts: np.ndarray, work: Work) -> Iterator[pa.Table]:
     reader = ShardReader(unit, work.decoding, _snapshot(work), work.batch_size)
     for start in starts.tolist():
         yield from reader.read(unit.slice(start))
-
-
-def _open(unit: Unit, work: Work) -> _Reader:
-    return _RemoteReader(unit, work) if work.decoder_cpus else _Reader(unit, work)
 
 
 def _snapshot(work: Work) -> Snapshot | None:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +26,7 @@ from ray.exceptions import (
 
 from mim_ray.config.scenario import Extraction
 from mim_ray.errors import DataError
-from mim_ray.extraction.embed import ShardEncoder, Work
+from mim_ray.extraction.embed import Model, ShardEncoder, Work
 from mim_ray.extraction.plan import Unit
 from mim_ray.extraction.write import ShardFile
 
@@ -73,17 +73,16 @@ def shares(settings: Extraction, cpus: float, gpus: float) -> Shares:
 class EncoderPool:
     """Actors that hold the encoder, for one job or for many (`run` may be called again).
 
-        with EncoderPool(work, shares(settings, …)) as pool:
-            for file in pool.run(units):
+        with EncoderPool(model, shares(settings, …)) as pool:
+            for file in pool.run(units, work):
                 …
 
     Attributes:
         deaths: actors that were replaced.
     """
 
-    def __init__(self, work: Work, parts: Shares) -> None:
-        self._work = replace(work, decoder_cpus=parts.decoder_cpus)
-        self._parts = parts
+    def __init__(self, model: Model, parts: Shares) -> None:
+        self._model, self._parts = model, parts
         self._actors: dict[int, Any] = {}
         self._loading: dict[Any, int] = {}  # what tells that an actor has loaded the encoder -> its number
         self._failed_starts = 0
@@ -104,7 +103,7 @@ class EncoderPool:
         """Until every actor has loaded the encoder; `run` itself begins with the first one that has."""
         ray.get(list(self._loading))
 
-    def run(self, units: Iterable[Unit]) -> Iterator[ShardFile]:
+    def run(self, units: Iterable[Unit], work: Work) -> Iterator[ShardFile]:
         """Make all shards of the units; each once it is written, in any order.
 
         Raises:
@@ -118,7 +117,7 @@ class EncoderPool:
         while True:
             able = set(range(self._parts.num_actors)) - set(self._loading.values())
             for call in schedule.next_calls(able):
-                calls[self._submit(call)] = call
+                calls[self._submit(call, work)] = call
             if not calls and not schedule.waits():
                 break
             ready = self._next_events(calls)
@@ -192,15 +191,15 @@ class EncoderPool:
                 max_restarts=0,
                 max_concurrency=max(1, self._parts.decoders),
             )
-            .remote(self._work)
+            .remote(self._model, self._parts.decoder_cpus)
         )
         self._actors[number] = actor
         self._loading[actor.ready.remote()] = number
 
-    def _submit(self, call: _Call) -> Any:
+    def _submit(self, call: _Call, work: Work) -> Any:
         call.handle = self._actors[call.actor]
         run = call.run
-        return call.handle.encode_shard.remote(run.number, run.unit, call.start, not run.waiting)
+        return call.handle.encode_shard.remote(work, run.number, run.unit, call.start, not run.waiting)
 
 
 @dataclass

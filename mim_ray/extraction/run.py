@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -23,13 +24,14 @@ from mim_ray.data.rejects import write_rejects
 from mim_ray.data.sources import require_table
 from mim_ray.data.transforms import PictureFormat
 from mim_ray.errors import ArtifactError
-from mim_ray.extraction.embed import Encode, Work, load_encoder
+from mim_ray.extraction.embed import Encode, Model, Work, load_encoder
 from mim_ray.extraction.plan import plan
 from mim_ray.extraction.pool import EncoderPool, shares
 from mim_ray.extraction.read import Decoding
 from mim_ray.extraction.write import STAGE, Committer, read_rejects_of
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.representation_center.snapshot_line import current_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.runtime.cluster import user_error
 from mim_ray.runtime.progress import Progress, format_seconds
@@ -118,12 +120,14 @@ def extract(
     rejects: str,
     load: Callable[[str, bool], Encode] = load_encoder,
     snapshots: str | None = None,
+    pool: EncoderPool | None = None,
 ) -> Extracted:
     """Fill the table with the embeddings of the items table at `items`; each shard exactly once, however often it starts.
 
     Args:
         encoder: URI that `load` understands. rejects: folder for what cannot be used, kept for restarts.
         snapshots: line of this encoder version; content that its snapshot has is copied instead of encoded.
+        pool: of actors that hold this encoder already; without one actors are started for this job.
     """
     start = time.monotonic()
     planned = plan(items, settings.shard_rows, [encoder_version, asdict(decoding)])
@@ -132,25 +136,20 @@ def extract(
     num_left = planned.num_rows - rows_found
     if num_left:
         work = Work(
-            encoder=encoder,
             encoder_version=encoder_version,
-            load=load,
-            use_gpu=settings.gpus_per_actor > 0,
             decoding=decoding,
             batch_size=settings.batch_size,
             table=table.uri,
             rejects=rejects,
             snapshot=_known_content(snapshots, encoder_version) if settings.reuse_snapshot else None,
         )
-        resources = ray.cluster_resources()
-        parts = shares(settings, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
         try:
             with (
-                EncoderPool(work, parts) as pool,
+                nullcontext(pool) if pool is not None else encoder_pool(encoder, settings, load) as actors,
                 Committer(table, settings.commit_every_s) as committer,
                 Progress("extraction", total=num_left, unit="items") as progress,
             ):
-                for file in pool.run(planned.units(done)):
+                for file in actors.run(planned.units(done), work):
                     committer.add([file.fragment])
                     progress.add(file.num_rows)
         except Exception as error:  # Ray wraps what its workers raise; tell the user's own mistake plainly
@@ -172,10 +171,20 @@ def extract(
     )
 
 
+def encoder_pool(encoder: str, settings: Extraction, load: Callable[[str, bool], Encode] = load_encoder) -> EncoderPool:
+    """The actors that `settings` ask for of this cluster, with the encoder saved at `encoder`."""
+    there = ray.cluster_resources()
+    parts = shares(settings, there.get("CPU", 0.0), there.get("GPU", 0.0))
+    return EncoderPool(Model(encoder, load, settings.gpus_per_actor > 0), parts)
+
+
 def _known_content(line: str | None, encoder_version: str) -> str | None:
     """The snapshot of this encoder version whose content is copied: exactly as the encoder gave it, so in float32 only."""
-    if line is None or not artifacts.exists(line):
+    if line is None or current_snapshot(line) is None:
         return None
-    snapshot = Snapshot.open(line)
+    try:
+        snapshot = Snapshot.open(line)
+    except ArtifactError:
+        return None  # damaged: the job needs it for speed only, and builds the next one
     exact = snapshot.encoder_version == encoder_version and snapshot.dtype == "float32" and snapshot.num_rows > 0
     return snapshot.uri if exact else None
