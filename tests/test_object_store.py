@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mim_ray.config.load import describe_keys
 from mim_ray.data.rejects import read_rejects, reject_rows, write_rejects
 from mim_ray.data.sources import require_table, shards
 from mim_ray.errors import ArtifactError, ConfigError, DataError, StorageError
-from mim_ray.object_store import delta_options
+from mim_ray.object_store import delta_options, storage_error
 from mim_ray.representation_center.table import EmbeddingTable
 
 
@@ -112,6 +113,16 @@ def test_a_store_that_is_away_or_refuses_is_a_sentence_without_secrets(
     assert "AWS_SECRET_ACCESS_KEY is set" in str(met.value)
     with pytest.raises(StorageError, match="cannot be reached or refuses"):
         EmbeddingTable("s3://mim-ray-no-such-bucket/x").create()
+
+
+def test_an_error_of_a_ray_worker_is_told_by_its_last_line() -> None:
+    text = "ray::f() (pid=1)\n  File x, line 1\n    raise\nOSError: When reading 'k' in bucket 'b': AWS Error ACCESS_DENIED."
+    told = storage_error(OSError(text))
+    assert told is not None
+    assert re.search(r"refuses: When reading 'k' in bucket 'b': AWS Error ACCESS_DENIED\. Check", str(told))
+    assert storage_error(OSError("disk full")) is None
+    assert storage_error(ValueError("AWS Error")) is None
+    assert storage_error(FileNotFoundError(2, "no"), "s3://b/x") is None
 
 
 def test_clients_travel_to_workers_without_credentials(s3: Any) -> None:

@@ -426,6 +426,18 @@ class Serving(Section):
     """New items are folded into the Delta table this often (paper 3.5, RIM)."""
 
 
+class Maintenance(Section):
+    """jobs/maintain.py: the files of the embedding log."""
+
+    retention_h: Annotated[float, Field(ge=1.0)] = 168.0
+    """Files that compaction replaced, and leftovers of dead processes, are deleted when they are older. Longer than the
+    longest job that writes or reads the log."""
+    deleted_retention_days: Annotated[float, Field(ge=0.0)] | None = 30.0
+    """Deleted items stay in the log at least this long, then the deletion and all rows of the item go. null: forever."""
+    purge_every_h: Annotated[float, Field(ge=0.0)] = 24.0
+    """They may stay longer by this: dropping them rewrites the log, which happens no more often."""
+
+
 class ParameterMachines(Section):
     """CMD (paper 3.5): actors that hold the embedding tables and dense parameters of a release."""
 
@@ -466,4 +478,5 @@ class Scenario(Section):
     ciubm: Ciubm = Ciubm()
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
+    maintenance: Maintenance = Maintenance()
     machines: ParameterMachines = ParameterMachines()

@@ -47,7 +47,9 @@ __all__ = ["CURRENT_ROWS_SQL", "EmbeddingTable", "PartlyCommittedError", "curren
 
 MAX_ATTEMPTS = 100
 RETENTION = timedelta(days=7)
-"""How long commits and replaced files are kept at least, unless `vacuum` says otherwise."""
+"""How long replaced files are kept, unless `vacuum` says otherwise."""
+LOG_RETENTION = timedelta(days=1)
+"""How long single commits are kept, for time travel: each call lists those that are there."""
 
 
 class PartlyCommittedError(ArtifactError):
@@ -90,6 +92,8 @@ class EmbeddingTable:
         return self
 
     def exists(self) -> bool:
+        if self._handle is not None and self._folder is not None and self._identity() == self._folder:
+            return True
         with storage_errors(self.uri):
             return DeltaTable.is_deltatable(self.uri, delta_options(self.uri))
 
@@ -146,7 +150,7 @@ class EmbeddingTable:
                     return None
                 version = log.version + 1
                 actions: list[AddAction | RemoveAction] = [remove_action(file) for file in old]
-                actions += [add_action(fragment, commit_version, data_change=False) for fragment in new]
+                actions += [add_action(fragment, commit_version, replaces=old) for fragment in new]
                 if self._try(actions):
                     return version
             time.sleep(random.uniform(0, 0.05))
@@ -277,9 +281,12 @@ class EmbeddingTable:
 
 
 def retention_settings(retention: timedelta) -> dict[str, str]:
-    """Delta's table properties for keeping commits and the names of replaced files this long, in whole hours."""
+    """Delta's table properties for keeping the names of replaced files this long, in whole hours. delta-rs deletes older
+    commits itself when it writes a checkpoint, every 100 commits."""
     hours = -(-retention // timedelta(hours=1))
+    log_hours = min(hours, LOG_RETENTION // timedelta(hours=1))
     return {
-        "delta.logRetentionDuration": f"interval {hours} hours",
         "delta.deletedFileRetentionDuration": f"interval {hours} hours",
+        "delta.logRetentionDuration": f"interval {log_hours} hours",
+        "delta.enableExpiredLogCleanup": "true",
     }

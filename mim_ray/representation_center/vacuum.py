@@ -40,9 +40,7 @@ class Vacuumed:
 
 
 def vacuum(table: EmbeddingTable, *, retention: timedelta, dry_run: bool = False) -> Vacuumed:
-    """Delete data files that no version within the retention names, and commits of the log that are older.
-
-    Time travel reaches back as far as the retention, and not further.
+    """Delete data files that no version within the retention names; checkpoint the log and delete its old commits.
 
     Args:
         retention: whole hours, rounded up; at least one hour.
@@ -92,13 +90,13 @@ def vacuum_window(window: str, *, retention: timedelta) -> int:
 
 
 def _clean_log(table: EmbeddingTable, hours: int) -> int:
-    """Checkpoint the log and delete commits older than the retention; the number of files that went."""
+    """Checkpoint the log and delete commits older than a day (or the retention); the number of files that went."""
     handle = table.open()
     wanted = retention_settings(timedelta(hours=hours))
     if any(handle.metadata().configuration.get(name) != value for name, value in wanted.items()):
         handle.alter.set_table_properties(wanted)
         handle = table.open()
-    before = len(artifacts.list_files(f"{table.uri}/_delta_log"))
+    before = set(artifacts.list_files(f"{table.uri}/_delta_log"))
     handle.create_checkpoint()
     handle.cleanup_metadata()
-    return max(0, before + 1 - len(artifacts.list_files(f"{table.uri}/_delta_log")))
+    return len(before.difference(artifacts.list_files(f"{table.uri}/_delta_log")))
