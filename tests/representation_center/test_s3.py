@@ -17,6 +17,7 @@ from mim_ray.errors import ArtifactError
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.compaction import compact, purge
 from mim_ray.representation_center.data_files import write_fragment
+from mim_ray.representation_center.maintenance import maintain
 from mim_ray.representation_center.parameter_store import ParameterStore
 from mim_ray.representation_center.release import promote, releases
 from mim_ray.representation_center.snapshot import Snapshot, write_snapshot
@@ -185,4 +186,9 @@ def test_compaction_purge_and_vacuum_keep_the_current_rows(s3: Any) -> None:
     left = artifacts.list_files(table.uri, ".parquet")
     assert files - set(left) == {f"{table.uri}/{orphan.path}"}  # what was replaced just now may still be read
     assert {file.uri for file in table.files()} <= set(left)
-    assert {row["item_id"]: row["embedding"][0] for row in fresh.current_rows("v1").to_pylist()} == before
+    append_segment(f"{s3.uri}/window", message(["new"], 5, NOON), encoder_version="v1")
+    day = timedelta(days=1)
+    done = maintain(s3.uri, retention=timedelta(hours=1), deleted_retention=day, purge_every=day)
+    assert done.folded.num_rows == 1
+    after = {row["item_id"]: row["embedding"][0] for row in fresh.current_rows("v1").to_pylist()}
+    assert after == before | {"new": 5}
