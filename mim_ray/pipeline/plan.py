@@ -170,7 +170,7 @@ def _log(book: _Book, hours: float | None) -> None:
         basis = f"open_log_s_per_file × {number or 0:,.0f} files (measured, linear in the files)"
         book.add(group, f"opening the log, {name}", _times(opening, number), "s", basis)
     rewrites = None if commits is None else max(1.0, math.ceil(math.log(max(commits, 2.0), FAN_IN)))
-    basis = f"log of the commits to the base {FAN_IN} (the design: a merge takes {FAN_IN} runs of like size)"
+    basis = f"log of the commits to the base {FAN_IN}: a merge takes {FAN_IN} runs (counted: 2, 3, 4 at 16, 64, 256 commits)"
     book.add(group, "times a row is rewritten by compaction", rewrites, "", basis)
     compaction = _hours(_times(rewrites, needs.items), book.rate("compaction_rows_per_s"))
     book.add(
