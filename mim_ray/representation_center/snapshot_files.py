@@ -140,6 +140,8 @@ class SnapshotFiles:
         """
         size = self.num_bytes(name)
         end = size if end is None else end
+        if end > size:
+            raise ArtifactError(_damaged(self.uri, f"{name} ends before byte {end}, where a row's data ends"))
         verify = self._verify if verify is None else verify
         if self._local is not None:
             path = self._local / name
