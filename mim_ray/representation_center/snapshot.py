@@ -160,7 +160,7 @@ class Snapshot:
         if self.num_rows == 0:
             result = np.zeros((len(flat), self.width), self.matrix.dtype)
         else:
-            result = self.matrix.take(flat, axis=0, mode="clip")
+            result = self.matrix.take(flat, axis=0)  # of -1 the last row, for now
             if len(flat) and flat.min() < 0:
                 result[flat < 0] = 0
         return result.reshape((*np.shape(rows), self.width))
@@ -170,7 +170,7 @@ class Snapshot:
         flat = np.asarray(rows, np.int64).ravel()
         if "content.bin" not in self._files or self.num_rows == 0:
             return pa.nulls(len(flat), pa.string())
-        digests = self._contents().digests.take(flat, axis=0, mode="clip")
+        digests = self._contents().digests.take(flat, axis=0)
         return content_hash_strings(digests, known=flat >= 0)
 
     def find_content(self, hashes: Ids) -> np.ndarray:
@@ -188,15 +188,15 @@ class Snapshot:
         return self._contents().find(hashes)
 
     def _float32(self, rows: np.ndarray) -> np.ndarray:
-        """Rows as float32; what stands for row -1 is anything."""
-        taken = self.matrix.take(rows, axis=0, mode="clip")
+        """Rows as float32; the last one for row -1."""
+        taken = self.matrix.take(rows, axis=0)
         if self.dtype == "float32":
             return taken
         import torch  # ten times as fast as NumPy at this, and loaded only where it is needed
 
         result = torch.from_numpy(taken).float()
         if self.scales is not None:
-            result *= torch.from_numpy(self.scales.take(rows, mode="clip"))[:, None]
+            result *= torch.from_numpy(self.scales.take(rows))[:, None]
         return result.numpy()
 
     def _contents(self) -> ContentIndex:
