@@ -11,7 +11,7 @@ Killed at any moment, or without room on the disk, the state that was current st
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from mim_ray import artifacts
 from mim_ray.data.ids import Ids, hash_ids
-from mim_ray.errors import ArtifactError
+from mim_ray.errors import ArtifactError, MimRayError
 from mim_ray.representation_center import snapshot_files
 from mim_ray.representation_center.content_hashes import ContentIndexWriter, content_digests
 from mim_ray.representation_center.key_index import (
@@ -170,7 +170,7 @@ class SnapshotWriter:
             error = error or late
         finally:
             self._building.close()
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, MimRayError):
             text = f"it could not be written ({error}). What was current stays current; make room or mend the storage."
             raise ArtifactError(f"Snapshot {self.line}: {text}") from error
 
@@ -262,7 +262,7 @@ class SnapshotWriter:
         if self._local is not None:
             self._building.publish(self._local / self.snapshot_id)
         else:
-            upload(self.folder, uri)
+            self._upload(uri)
         if not self._overtaken():
             switch_snapshot(self.line, self.snapshot_id)
         prune_snapshots(self.line, keep=keep, kept=[self.snapshot_id])
@@ -319,6 +319,14 @@ class SnapshotWriter:
     def _open(self, name: str) -> BlockWriter:
         self._files[name] = self._stack.enter_context(BlockWriter(self.folder / name))
         return self._files[name]
+
+    def _upload(self, uri: str) -> None:
+        try:
+            upload(self.folder, uri)
+        except BaseException:
+            with suppress(MimRayError, OSError):
+                artifacts.remove(uri)
+            raise
 
     def _overtaken(self) -> bool:
         """Whether the line was switched to a newer Delta version while this state was built."""
