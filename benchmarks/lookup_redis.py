@@ -75,7 +75,9 @@ def fill(client: Any, snapshot: Snapshot) -> None:
     for first in range(0, snapshot.num_rows, _FILL_KEYS):
         rows = np.arange(first, min(first + _FILL_KEYS, snapshot.num_rows))
         stored = snapshot.gather_stored(rows)
-        client.mset({key: row.tobytes() for key, row in zip(ids.slice(first, len(rows)).to_pylist(), stored, strict=True)})
+        client.mset(
+            {key: row.tobytes() for key, row in zip(ids.slice(first, len(rows)).to_pylist(), stored, strict=True)}
+        )
 
 
 @contextmanager

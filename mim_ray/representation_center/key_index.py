@@ -144,7 +144,9 @@ class KeyIndex:
                 same &= stored.words(number) == keys.words(number, None if everyone else positions)
             else:
                 where = np.flatnonzero(lengths > 8 * number)
-                same[where] &= stored.words(number, where) == keys.words(number, where if everyone else positions[where])
+                same[where] &= stored.words(number, where) == keys.words(
+                    number, where if everyone else positions[where]
+                )
         return same
 
 
