@@ -101,10 +101,8 @@ class LayeredRows:
     def _gather(self, rows: np.ndarray, dtype: type) -> np.ndarray:
         if self.snapshot.dtype == np.dtype(dtype).name:
             return self.snapshot.gather_stored(rows)
-        if (
-            self.snapshot.dtype == "float16" and "torch" not in sys.modules
-        ):  # which takes seconds to load, for microseconds
-            return self.snapshot.gather_stored(rows).astype(dtype)
+        if self.snapshot.dtype == "float16":
+            return as_float32(self.snapshot.gather_stored(rows))
         return self.snapshot.gather(rows).astype(dtype, copy=False)
 
 
@@ -328,6 +326,15 @@ class EmbeddingLookup(LayeredRows):
         indices = encoded.indices.to_numpy()
         self._commits[numbers[indices]] = commit
         return numbers[indices]
+
+
+def as_float32(vectors: np.ndarray) -> np.ndarray:
+    """The same values, in an array of the caller's own. Through torch, which is ten times as fast, where it is loaded."""
+    if vectors.dtype == np.float32 or "torch" not in sys.modules:
+        return vectors.astype(np.float32)
+    import torch
+
+    return torch.from_numpy(vectors if vectors.flags.writeable else vectors.copy()).float().numpy()
 
 
 def _as_uncommitted(segment_id: str, rows: pa.Table) -> pa.Table:
