@@ -147,7 +147,7 @@ def storage_error(error: BaseException, uri: str = "") -> StorageError | None:
     if "S3 error" not in text and "AWS Error" not in text and not isinstance(error, OSError):
         return None
     return StorageError(
-        f"{uri or 'The object store'} cannot be reached or refuses: {_first_line(error)}. Check the bucket's name and, in "
+        f"{uri or 'The object store'} cannot be reached or refuses: {_said(error)}. Check the bucket's name and, in "
         f"the environment of this process (Ray's workers have that of their node): {_described_environment()}."
     )
 
@@ -160,7 +160,7 @@ def _client(bucket: str, endpoint: str | None, region: str | None, pid: int) -> 
             region = pafs.resolve_s3_region(bucket)
         except OSError as error:
             raise StorageError(
-                f"The region of bucket {bucket} cannot be found out ({_first_line(error)}). Check the bucket's name, and "
+                f"The region of bucket {bucket} cannot be found out ({_said(error)}). Check the bucket's name, and "
                 "set AWS_REGION, or AWS_ENDPOINT_URL for another store than AWS."
             ) from None
     return pafs.S3FileSystem(region=region, endpoint_override=endpoint, allow_delayed_open=True)
@@ -211,9 +211,17 @@ def _described_environment() -> str:
         f"{name} {'is set' if os.environ.get(name) else 'is not set'}"
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     ]
-    return ", ".join([*shown, *secret])
+    return re.sub(r"//[^/@]*@", "//…@", ", ".join([*shown, *secret]))
 
 
-def _first_line(error: BaseException) -> str:
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+def _said(error: BaseException) -> str:
+    """What an error says, without colors and line breaks; of one that a Ray worker raised, what its traceback ends with."""
+    traced = re.findall(r"^[\w.]*(?:Error|Exception): (.+)$", str(error), flags=re.MULTILINE)
+    if "Traceback" in str(error) or "ray::" in str(error):
+        return _shortened(traced[-1] if traced else str(error))
+    return _shortened(str(error))
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
     return text[:300].rstrip(". ")

@@ -50,8 +50,18 @@ class S3:
             return list(json.load(answer))
 
     def set_conditional_writes(self, on: bool) -> None:
-        request = urllib.request.Request(f"{self.endpoint}/__conditional__/{'on' if on else 'off'}", method="PUT")
-        urllib.request.urlopen(request).close()
+        self._put(f"__conditional__/{'on' if on else 'off'}")
+
+    def lose_answers(self, count: int) -> None:
+        """The next commits are made, but answered with an error."""
+        self._put(f"__lose__/{count}")
+
+    def make_older(self, seconds: int) -> None:
+        """All objects that are there."""
+        self._put(f"__older__/{seconds}")
+
+    def _put(self, path: str) -> None:
+        urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/{path}", method="PUT")).close()
 
     def client(self) -> Any:
         """boto3's client: another library to look at the bucket with."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
+import deltalake
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -14,8 +18,9 @@ from mim_ray import artifacts
 from mim_ray.config import load_scenario
 from mim_ray.config.load import describe_keys
 from mim_ray.data.rejects import read_rejects, reject_rows, write_rejects
-from mim_ray.errors import ArtifactError, ConfigError, StorageError
-from mim_ray.object_store import delta_options
+from mim_ray.data.sources import require_table, shards
+from mim_ray.errors import ArtifactError, ConfigError, DataError, StorageError
+from mim_ray.object_store import delta_options, storage_error
 from mim_ray.representation_center.table import EmbeddingTable
 
 
@@ -110,6 +115,16 @@ def test_a_store_that_is_away_or_refuses_is_a_sentence_without_secrets(
         EmbeddingTable("s3://mim-ray-no-such-bucket/x").create()
 
 
+def test_an_error_of_a_ray_worker_is_told_by_its_last_line() -> None:
+    text = "ray::f() (pid=1)\n  File x, line 1\n    raise\nOSError: When reading 'k' in bucket 'b': AWS Error ACCESS_DENIED."
+    told = storage_error(OSError(text))
+    assert told is not None
+    assert re.search(r"refuses: When reading 'k' in bucket 'b': AWS Error ACCESS_DENIED\. Check", str(told))
+    assert storage_error(OSError("disk full")) is None
+    assert storage_error(ValueError("AWS Error")) is None
+    assert storage_error(FileNotFoundError(2, "no"), "s3://b/x") is None
+
+
 def test_clients_travel_to_workers_without_credentials(s3: Any) -> None:
     artifacts.write_bytes(f"{s3.uri}/file", b"x")
     filesystem, path = artifacts.filesystem(f"{s3.uri}/file")
@@ -152,3 +167,17 @@ def test_no_setting_takes_credentials() -> None:
     keys = [line.partition(" = ")[0] for line in describe_keys()]
     assert not [key for key in keys if any(word in key for word in ("secret", "password", "credential", "access_key"))]
     assert load_scenario("tiny", ["run.root=s3://bucket/a@b"]).run.root == "s3://bucket/a@b"
+
+
+def test_a_catalogue_is_read_as_parquet_and_as_delta(s3: Any) -> None:
+    rows = pa.table({"item_id": ["a", "b", "c"], "title": ["x", None, "z"]})
+    deltalake.write_deltalake(f"{s3.uri}/delta/items", rows, storage_options=delta_options(s3.uri))
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink)
+    artifacts.write_bytes(f"{s3.uri}/parquet/items.parquet", sink.getvalue().to_pybytes())
+    for kind in ("delta", "parquet"):
+        (shard,) = shards(require_table(f"{s3.uri}/{kind}", "items"), "items")
+        sent = pickle.loads(pickle.dumps(shard))  # noqa: S301  (Ray sends it to a worker)
+        assert sent.read(["item_id", "title", "category"]).to_pydict()["title"] == ["x", None, "z"]
+    with pytest.raises(DataError, match=r"has no table items"):
+        require_table(f"{s3.uri}/nothing", "items")

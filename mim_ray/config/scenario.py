@@ -326,12 +326,17 @@ class Extraction(Section):
 
     encoder: Encoding = "csft"
     """The stage whose encoder fills the table (Table 3's rows)."""
-    num_actors: Positive = 1
-    """Encoder actors; a fixed pool."""
+    num_actors: Positive | None = None
+    """Encoder actors; a fixed pool. Default: as many as GPUs (or, without `gpus_per_actor`, CPUs) that Ray has at the start."""
     cpus_per_actor: PositiveFloat = 1.0
     gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
+    num_decoders: Count | None = None
+    """Tasks at once that read and decode pictures for each actor, on a CPU each. 0: the actor decodes itself. Default: 0
+    without GPUs, else the CPUs that the actors leave."""
     batch_size: Positive = 256
-    """Items encoded at once."""
+    """Items encoded at once. On CPUs 8 to 32 is faster for large towers."""
+    reuse_snapshot: bool = True
+    """Copy the embedding of content that the current snapshot of this encoder version has (if it is float32)."""
     shard_rows: Positive = 1_024
     """Rows of a deterministic shard, the unit of exactly-once."""
     commit_every_s: PositiveFloat = 5.0

@@ -60,15 +60,18 @@ def vacuum(table: EmbeddingTable, *, retention: timedelta, dry_run: bool = False
     candidates = {unquote(path) for path in found}
     candidates = {path for path in candidates if path.rpartition("/")[2].startswith(OURS)}
     candidates -= {unquote(file.path) for file in table.files()}
-    num_files = num_bytes = 0
-    for path in sorted(candidates):
-        fs, target = artifacts.filesystem(f"{table.uri}/{path}")
-        info = fs.get_file_info(target)
-        if info.type == pafs.FileType.File:
-            num_files, num_bytes = num_files + 1, num_bytes + info.size
-            if not dry_run:
-                fs.delete_file(target)
-    return Vacuumed(num_files, num_bytes, num_log_files)
+    uris = [f"{table.uri}/{path}" for path in sorted(candidates)]
+    sizes = artifacts.for_each(_size, uris)
+    there = [uri for uri, size in zip(uris, sizes, strict=True) if size is not None]
+    if not dry_run:
+        artifacts.for_each(artifacts.remove, there)
+    return Vacuumed(len(there), sum(size for size in sizes if size is not None), num_log_files)
+
+
+def _size(uri: str) -> int | None:
+    fs, path = artifacts.filesystem(uri)
+    info = fs.get_file_info(path)
+    return int(info.size) if info.type == pafs.FileType.File else None
 
 
 def vacuum_window(window: str, *, retention: timedelta) -> int:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from mim_ray import artifacts
+from mim_ray.encoders.item_encoder import ItemEncoder
 from mim_ray.errors import ArtifactError, ConfigError, VersionMismatchError
 from mim_ray.pipeline.promote import main
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.release import read_release, releases
 from mim_ray.representation_center.snapshot_line import list_snapshots
 from mim_ray.representation_center.table import EmbeddingTable
-from mim_ray.serving.new_item_encoder import bind_new_item_encoder
+from mim_ray.representation_center.updates import fold
+from mim_ray.serving.new_item_encoder import NewItemEncoder, bind_new_item_encoder, new_item_api
 from mim_ray.serving.promotion import promote_version, return_to
 from mim_ray.serving.ranker import RankingService, bind_ranking
 from mim_ray.serving.served import Served
@@ -190,3 +194,37 @@ def test_runs_may_share_a_center(two_versions: Any, tmp_path: Any) -> None:
     assert Served.of(run.scenario).ctr == f"{other}/ctr/sim-mim"
     main("doc", words(run, "back"))
     assert served_scores(run) == (old, old)
+
+
+def test_a_center_on_s3_is_filled_promoted_served_and_written_by_the_new_item_encoder(
+    two_versions: Any, s3: Any
+) -> None:
+    run, old = two_versions
+    center = f"{s3.uri}/center"
+    local = EmbeddingTable(f"{run.root}/center/table")
+    table = EmbeddingTable(f"{center}/table").create()
+    for version in (old, NEW):
+        rows = local.current_rows(version).drop_columns(["encoder_version", "commit_version", "shard_id", "origin"])
+        table.append(rows, encoder_version=version, shard_id="s0")
+        build_snapshot(table, version, f"{center}/snapshots/{version}")
+    settings = run.scenario.run.model_copy(update={"center": center})
+    there = replace(run, scenario=run.scenario.model_copy(update={"run": settings}))
+    promote_version(there.scenario, NEW, ctr="new-mim")
+    promote_version(there.scenario, old)
+    assert Served.of(there.scenario).snapshot.startswith(f"{center}/snapshots/{old}/")
+    assert served_scores(there) == (old, old)
+    return_to(there.scenario)
+    assert served_scores(there) == (NEW, NEW)
+    return_to(there.scenario, 2)
+
+    served = Served.of(there.scenario)
+    encoder = NewItemEncoder(ItemEncoder.load(served.encoder), served.center, run.scenario.data)
+    answer = TestClient(new_item_api(encoder, run.scenario.serving)).post(
+        "/v1/items", json={"item_id": "n", "title": "red mug"}
+    )
+    assert answer.status_code == 200, answer.text
+    service = RankingService.open(served, run.scenario.serving)
+    service.embeddings.stop()
+    assert service.embeddings.multi_get(["n", "i1"])[1].tolist() == [True, True]
+    assert fold(f"{center}/window", table).num_rows == 1
+    assert table.current_rows(old).num_rows == 41
