@@ -29,6 +29,7 @@ GOALS: dict[str, tuple[str, float]] = {
     "vs_raw_gather": ("at_least", 0.8),
     "string_keys_vs_raw_gather": ("at_least", 0.15),
     "vs_redis_mget": ("at_least", 3.0),
+    "vs_redis_mget_remote": ("at_least", 1.0),
     "bytes_per_item": ("at_most", 300.0),
 }
 
@@ -48,6 +49,7 @@ class Plan:
     width: int = 128
     keys: int = 50_000
     client_keys: int = 500
+    remote_keys: int = 5_000
     budget_s: float = 10.0
     build_rows: tuple[int, ...] = (1_000_000, 4_000_000)
     build_width: int = 64
@@ -149,6 +151,12 @@ def _redis(plan: Plan) -> dict[str, Any]:
     return against_redis(plan)
 
 
+def _remote(plan: Plan) -> dict[str, Any]:
+    from lookup_remote import remote_against_redis
+
+    return remote_against_redis(plan)
+
+
 def _build(plan: Plan) -> dict[str, Any]:
     from lookup_build import builder_memory
 
@@ -161,9 +169,9 @@ def _dtypes(plan: Plan) -> dict[str, Any]:
     return cost_of_dtypes(plan)
 
 
-CASES: dict[str, Case] = {"gather": _gather, "redis": _redis, "build": _build, "dtypes": _dtypes}
+CASES: dict[str, Case] = {"gather": _gather, "redis": _redis, "remote": _remote, "build": _build, "dtypes": _dtypes}
 """Each fills some of the keys of `GOALS`, and details beside them."""
-QUICK = ("gather", "redis")
+QUICK = ("gather", "redis", "remote")
 
 
 if __name__ == "__main__":

@@ -441,6 +441,8 @@ class Maintenance(Section):
 class ParameterMachines(Section):
     """CMD (paper 3.5): actors that hold the embedding tables and dense parameters of a release."""
 
+    state: str | None = None
+    """URI of the file that running parameter machines were started with. The new-item encoder pushes to them."""
     shards: Positive = 2
     """S: the keys are split over this many machines, by hash."""
     replicas: Positive = 2

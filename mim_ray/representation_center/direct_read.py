@@ -151,6 +151,10 @@ class View:
             for overlay in self.tables[table].overlays
         ]
 
+    def is_fresh(self, table: str, freshness_s: float) -> bool:
+        """Whether the release has the table, and all of its shards are."""
+        return table in self.tables and all(self.fresh_shards(table, freshness_s))
+
     def get(self, table: str, keys: pa.LargeStringArray) -> Embeddings:
         """As `LayeredRows.get`, with all rows published until now; for keys of shards that can be read here."""
         rows = self.tables[table]

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mim_ray.data.ids import Ids, hash_ids
+from mim_ray.errors import ArtifactError
 from mim_ray.representation_center.build import embedding_matrix
 from mim_ray.representation_center.current_rows import current_row_numbers, times
 from mim_ray.representation_center.deletions import Deletions
@@ -100,10 +101,8 @@ class LayeredRows:
     def _gather(self, rows: np.ndarray, dtype: type) -> np.ndarray:
         if self.snapshot.dtype == np.dtype(dtype).name:
             return self.snapshot.gather_stored(rows)
-        if (
-            self.snapshot.dtype == "float16" and "torch" not in sys.modules
-        ):  # which takes seconds to load, for microseconds
-            return self.snapshot.gather_stored(rows).astype(dtype)
+        if self.snapshot.dtype == "float16":
+            return as_float32(self.snapshot.gather_stored(rows))
         return self.snapshot.gather(rows).astype(dtype, copy=False)
 
 
@@ -165,13 +164,18 @@ class EmbeddingLookup(LayeredRows):
         """Take in new window segments and commits; the number of rows that changed something.
 
         Raises:
-            ArtifactError, OSError: storage does not answer or a file is damaged; the next call tries again.
+            ArtifactError: a segment is damaged; all others are taken in.
+            OSError, DeltaError: storage does not answer; the next call tries again.
         """
         with self._lock:
             started = time.monotonic_ns()
             # The window first: what is folded and deleted in between is then in the table.
+            damaged = None
             if self._window is not None:
-                self._waiting += self._window.poll()
+                try:
+                    self._waiting += self._window.poll(known=self._segments)
+                except ArtifactError as error:  # no reason to look away from all other items
+                    damaged = error
             folded = set[str]()
             if self._waiting and self._table_at < 0 and self._source is not None and self._source.exists():
                 # At the start: what is folded already is in the snapshot or comes with the commits.
@@ -183,6 +187,8 @@ class EmbeddingLookup(LayeredRows):
                 self._table_at = started / 1e9
                 self._segments |= folded
             self.overlay.synced(started)
+            if damaged is not None:
+                raise damaged
             return num
 
     def push(self, segment_id: str, rows: pa.Table) -> int:
@@ -320,6 +326,15 @@ class EmbeddingLookup(LayeredRows):
         indices = encoded.indices.to_numpy()
         self._commits[numbers[indices]] = commit
         return numbers[indices]
+
+
+def as_float32(vectors: np.ndarray) -> np.ndarray:
+    """The same values, in an array of the caller's own. Through torch, which is ten times as fast, where it is loaded."""
+    if vectors.dtype == np.float32 or "torch" not in sys.modules:
+        return vectors.astype(np.float32)
+    import torch
+
+    return torch.from_numpy(vectors if vectors.flags.writeable else vectors.copy()).float().numpy()
 
 
 def _as_uncommitted(segment_id: str, rows: pa.Table) -> pa.Table:

@@ -81,7 +81,10 @@ class ReleasePart:
         dense = {
             name: _read_dense(uri) for name, uri in release.dense.items() if shard_of_name(name, shard[1]) == shard[0]
         }
-        return cls(serial, release, folder, tables, dense)
+        part = cls(serial, release, folder, tables, dense)
+        for name in tables:  # loads what a lookup loads the first time
+            part.lookup(name, pa.array([""], pa.large_string()))
+        return part
 
     @property
     def behind_s(self) -> float:

@@ -63,7 +63,7 @@ class EmbeddingTable:
         self.uri = uri
         self._lock = threading.RLock()
         self._handle: DeltaTable | None = None
-        self._folder: tuple[int, int] | None = None
+        self._commit: tuple[int, int] | None = None
         self._log = LogState(uri)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -92,7 +92,7 @@ class EmbeddingTable:
         return self
 
     def exists(self) -> bool:
-        if self._handle is not None and self._folder is not None and self._identity() == self._folder:
+        if self._commit is not None and self._last_commit() == self._commit:
             return True
         with storage_errors(self.uri):
             return DeltaTable.is_deltatable(self.uri, delta_options(self.uri))
@@ -214,25 +214,26 @@ class EmbeddingTable:
     def _newest(self) -> LogState:
         """The files at the newest version. What uses more than its version holds the lock."""
         with self._lock:
-            folder = self._identity()
-            if self._handle is not None and folder == self._folder:
+            if self._handle is not None and self._last_commit() == self._commit:
                 try:
                     self._handle.update_incremental()
-                except (DeltaError, OSError):  # not to be followed, such as a table that was made anew
+                except (DeltaError, OSError):
                     self._handle = None
-            if self._handle is None or folder != self._folder:
+            else:  # the log was cleaned, or this is another table, made anew in the same folder
+                self._handle = None
+            if self._handle is None:
                 self._handle, self._log = self.open(), LogState(self.uri)
-                self._folder = self._identity()
             self._log.follow(self._handle)
+            self._commit = self._last_commit()
             return self._log
 
-    def _identity(self) -> tuple[int, int] | None:
-        """What tells a table from another one made later in the same folder, where storage has such a thing."""
-        local = artifacts.local_path(self.uri)
-        if local is not None:
+    def _last_commit(self) -> tuple[int, int] | None:
+        """What tells the file of the commit that was seen last from another file of its name; None on object stores."""
+        log = artifacts.local_path(f"{self.uri}/_delta_log")
+        if log is not None:
             with suppress(OSError):
-                status = os.stat(local / "_delta_log")
-                return status.st_dev, status.st_ino
+                status = os.stat(log / f"{self._log.version:020d}.json")
+                return status.st_ino, status.st_mtime_ns
         return None
 
     def _try(self, actions: Sequence[AddAction | RemoveAction]) -> bool:

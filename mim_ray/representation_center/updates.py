@@ -13,7 +13,7 @@ folder have seen them. Killed in between, the next fold finds the marks in the t
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -129,13 +129,16 @@ class WindowTail:
         self._listing = window_folder.WindowListing(window, encoder_version)
         self._waiting: dict[str, str] = {}
 
-    def poll(self) -> list[tuple[str, pa.Table]]:
+    def poll(self, known: Collection[str] = ()) -> list[tuple[str, pa.Table]]:
         """(segment id, rows) of the segments that came since the last poll, oldest first.
+
+        Args:
+            known: segments that the caller has already; they are left out, unread.
 
         Raises:
             ArtifactError: a segment is damaged, and nothing else is new. Later polls go on with those that come.
         """
-        self._waiting |= self._listing.new()
+        self._waiting |= {name: uri for name, uri in self._listing.new().items() if name not in known}
         found, damaged, _ = _read_all(self._waiting)
         self._waiting = {name: self._waiting[name] for name in damaged}
         if damaged and not found:

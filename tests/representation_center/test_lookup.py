@@ -174,6 +174,20 @@ def test_what_storage_refused_once_is_taken_by_the_next_look(center: str, monkey
     assert shown(lookup, ["new"]) == {"new": 2}
 
 
+def test_a_damaged_segment_is_told_and_holds_up_nothing(center: str) -> None:
+    lookup = open_lookup(center)
+    append_segment(f"{center}/window", message(["lost"], 2, 6), encoder_version="v1")
+    (segment,) = Path(f"{center}/window").rglob("*.arrow")
+    segment.write_bytes(b"no arrow")
+    before = lookup.overlay.synced_ns
+    with pytest.raises(ArtifactError, match="damaged"):
+        lookup.refresh()
+    assert lookup.overlay.synced_ns > before, "this lookup is up to date with all that can be read"
+    append_segment(f"{center}/window", message(["new"], 2, 6), encoder_version="v1")
+    lookup.refresh()
+    assert shown(lookup, ["lost", "new"]) == {"new": 2}
+
+
 def test_after_a_hundred_thousand_messages_a_lookup_does_the_same_work(center: str) -> None:
     lookup = open_lookup(center)
     for start in range(0, 100_000, 10_000):

@@ -76,7 +76,7 @@ def small_run(tmp_path: Path, shared_run: SmallRun, monkeypatch: pytest.MonkeyPa
     """The same, a copy for one test."""
     monkeypatch.setenv("MIM_RAY_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "run"
-    shutil.copytree(shared_run.root, root, symlinks=True)
+    shutil.copytree(shared_run.root, root, symlinks=True, ignore=shutil.ignore_patterns("window"))
     manifest = (root / "extraction" / "artifact.json").read_text()
     (root / "extraction" / "artifact.json").write_text(manifest.replace(str(shared_run.root), str(root)))
     run = shared_run.scenario.run.model_copy(update={"root": str(root)})
