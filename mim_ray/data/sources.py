@@ -7,7 +7,7 @@ or binaries. What cannot be used as a whole is a DataError that names the file, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,7 +87,7 @@ def read_table(root: str, name: str, columns: Sequence[str] | None = None) -> ra
     dataset = open_dataset(uri, name)
     names = list(columns) if columns is not None else table.schema.names
     present = [column for column in names if column in dataset.schema.names]
-    if _is_delta(uri):
+    if is_delta(uri):
         rows = ray.data.read_delta(uri, columns=present)
     else:
         filesystem, _ = artifacts.filesystem(uri)
@@ -103,7 +103,7 @@ def open_dataset(uri: str, name: str) -> ds.Dataset:
         DataError: as validate_schema; also for files that are no Parquet.
     """
     try:
-        if _is_delta(uri):
+        if is_delta(uri):
             dataset = deltalake.DeltaTable(uri).to_pyarrow_dataset(filesystem=artifacts.folder_filesystem(uri))
         else:
             filesystem, path = artifacts.filesystem(uri)
@@ -122,10 +122,24 @@ def shards(uri: str, name: str, rows: int = 100_000, max_bytes: int = 256 * 2**2
     Raises:
         DataError: as open_dataset.
     """
-    table, dataset = TABLES[name], open_dataset(uri, name)
+    return cut(open_dataset(uri, name), name, rows=rows, max_bytes=max_bytes)
+
+
+def cut(
+    dataset: ds.Dataset,
+    name: str,
+    *,
+    rows: int = 100_000,
+    max_bytes: int = 256 * 2**20,
+    files: Container[str] | None = None,
+) -> list[Shard]:
+    """`shards` of an open dataset; of `files` only, where they are named (the others are not opened)."""
+    table = TABLES[name]
     found: list[Shard] = []
     first_row = 0
     for fragment in dataset.get_fragments():
+        if files is not None and fragment.path not in files:
+            continue
         group: list[int] = []
         num_rows = size = 0
         for info in [*fragment.row_groups, None]:
@@ -215,5 +229,5 @@ def _whole(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
     return pc.if_else(whole, values, pa.scalar(None, pa.float64())).cast(wanted)
 
 
-def _is_delta(uri: str) -> bool:
+def is_delta(uri: str) -> bool:
     return artifacts.exists(f"{uri}/_delta_log")
