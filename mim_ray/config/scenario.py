@@ -333,7 +333,10 @@ class Extraction(Section):
     """Rows of a deterministic shard, the unit of exactly-once."""
     commit_every_s: PositiveFloat = 5.0
     """Finished shards become visible at least this often."""
-    snapshot_dtype: Literal["float32", "float16"] = "float32"
+    snapshot_dtype: Literal["float32", "float16", "int8"] = "float32"
+    """What serving and training read; docs/representation_center.md tells what float16 and int8 cost."""
+    snapshot_keep: Positive = 3
+    """States of a snapshot that stay for a roll-back, the current one included."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the towers' matrix products."""
     compile: bool = False

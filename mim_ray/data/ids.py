@@ -6,6 +6,7 @@ All vectorised, nothing kept per id beyond what is said: no Python dict of all i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -41,27 +42,61 @@ def normal(seed: int, stream: int, counters: np.ndarray) -> np.ndarray:
     return radius * np.cos(2.0 * np.pi * uniform(seed, stream + 2**20, counters))
 
 
-def hash_ids(ids: Ids) -> np.ndarray:
+@dataclass(frozen=True)
+class IdBytes:
+    """UTF-8 bytes of ids, ready to be read eight at a time.
+
+    Attributes:
+        starts, lengths: (n,) int64, in bytes. words: uint64 little-endian, entry p being the bytes p to p + 7; what follows
+            the last id is zero.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    words: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @classmethod
+    def of(cls, ids: Ids) -> IdBytes:
+        """A null counts as an empty id."""
+        array = _strings(ids)
+        if not len(array):
+            return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
+        _, offsets, data = array.buffers()
+        bounds = np.frombuffer(offsets, np.int64, len(array) + 1, array.offset * 8)
+        first, end = int(bounds[0]), int(bounds[-1])
+        padded = np.empty(end - first + 8, np.uint8)
+        padded[end - first :] = 0
+        if end > first:
+            padded[:-8] = np.frombuffer(data, np.uint8, end - first, first)
+        return cls(bounds[:-1] - first, np.diff(bounds), words_of(padded))
+
+
+def words_of(data: np.ndarray) -> np.ndarray:
+    """The 8 bytes from each position on as little-endian uint64: (len - 7,), a view of the uint8 array."""
+    return np.ndarray((max(len(data) - 7, 0),), "<u8", data.data if len(data) else None, strides=(1,))
+
+
+def hash_ids(ids: Ids | IdBytes) -> np.ndarray:
     """(n,) uint64 hash of each id's UTF-8 bytes; stable over processes and machines. A null hashes like an empty id."""
-    array = _strings(ids)
-    offsets = np.frombuffer(array.buffers()[1], np.int64)[array.offset : array.offset + len(array) + 1]
-    starts, lengths = offsets[:-1], np.diff(offsets)
-    data = array.buffers()[2]
-    end = int(offsets[-1]) if len(offsets) else 0
-    padded = np.zeros(end + 8, np.uint8)
-    if data is not None:
-        padded[:end] = np.frombuffer(data, np.uint8)[:end]
-    words: np.ndarray = np.ndarray((end + 1,), "<u8", padded.data, strides=(1,))  # the 8 bytes from any position on
-    hashes = mix(lengths.astype(np.uint64) * _GAMMA + np.uint64(1))
-    active, position = np.flatnonzero(lengths), 0
+    keys = ids if isinstance(ids, IdBytes) else IdBytes.of(ids)
+    hashes = mix(keys.lengths.astype(np.uint64) * _GAMMA + np.uint64(1))
+    position = 0
+    active = np.flatnonzero(keys.lengths)
     while len(active):
-        left = lengths[active] - position
-        word = words[starts[active] + position]
-        bits = (8 * np.minimum(left, 8)).astype(np.uint64)
-        word &= np.where(left >= 8, ~np.uint64(0), (np.uint64(1) << (bits % np.uint64(64))) - np.uint64(1))
-        hashes[active] = mix(hashes[active] ^ word) + _GAMMA
+        everyone = len(active) == len(keys)  # saves an indirection where all ids are this long
+        starts, lengths = (keys.starts, keys.lengths) if everyone else (keys.starts[active], keys.lengths[active])
+        unused = np.maximum(position + 8 - lengths, 0).astype(np.uint64) << np.uint64(3)  # bits beyond the id's end
+        word = (keys.words[starts + position] << unused) >> unused
+        mixed = mix((hashes if everyone else hashes[active]) ^ word) + _GAMMA
+        if everyone:
+            hashes = mixed
+        else:
+            hashes[active] = mixed
         position += 8
-        active = active[left > 8]
+        active = active[lengths > position]
     return hashes
 
 

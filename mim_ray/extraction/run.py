@@ -82,7 +82,8 @@ def run(
     )
     counts = write_rejects(rejects, STAGE, done.rejects)
     uri = f"{center}/snapshots/{version}"
-    snapshot = build_snapshot(table, version, uri, dtype=scenario.extraction.snapshot_dtype)
+    settings = scenario.extraction
+    snapshot = build_snapshot(table, version, uri, dtype=settings.snapshot_dtype, keep=settings.snapshot_keep)
     rate = done.num_rows_done / done.seconds if done.num_rows_done else 0.0
     metrics = {
         "encoder_version": version,

@@ -1,58 +1,84 @@
-"""From the Delta log to a snapshot: the current rows of an encoder version, streamed file by file."""
+"""From the Delta log to a snapshot: the current rows of an encoder version, in bounded memory whatever the log's size.
+
+The log is read once, file by file. Where its rows do not fit into memory they are spilled to disk by the range of their ids'
+hashes, so that all rows of an item come together; then range by range the current rows are chosen, sorted and appended.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from mim_ray.data.ids import hash_ids
 from mim_ray.errors import ArtifactError
+from mim_ray.representation_center.content_hashes import content_digests
 from mim_ray.representation_center.data_files import DataFile
-from mim_ray.representation_center.snapshot import Snapshot, write_snapshot
+from mim_ray.representation_center.key_index import shard_of, sorted_order, string_array
+from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.representation_center.snapshot_writer import SnapshotWriter
 from mim_ray.representation_center.table import EmbeddingTable, current_row_numbers, times
 
-KEYS = ["item_id", "content_at", "commit_version", "shard_id", "deleted"]
+COLUMNS = ["item_id", "embedding", "content_hash", "content_at", "commit_version", "shard_id", "deleted"]
+MEMORY_BYTES = 2**29
+_ROW_BYTES = 250  # of a row beside its embedding: id, content hash, shard id, times, and what sorting them takes
+_COPIES = 3  # of an embedding at once: as read, as chosen, as sorted
 
 
-def build_snapshot(table: EmbeddingTable, encoder_version: str, uri: str, *, dtype: str = "float32") -> Snapshot:
-    """Compact the current rows of `encoder_version` into the snapshot at `uri` and switch it to them.
+def build_snapshot(
+    table: EmbeddingTable,
+    encoder_version: str,
+    line: str,
+    *,
+    dtype: str = "float32",
+    keep: int = 3,
+    memory_bytes: int = MEMORY_BYTES,
+) -> Snapshot:
+    """Compact the current rows of `encoder_version` into a new state of `line`, switch to it, and open it.
 
-    Ids and times of all rows are held in memory (about 60 bytes a row), embeddings one file at a time.
+    Killed, or without room on the disk, the state that was current stays current.
+
+    Args:
+        line: URI of the line, center/snapshots/<encoder_version>.
+        keep: how many states stay for a roll-back, the new one included.
+        memory_bytes: what the rows in memory may take; when the log is larger its rows are spilled to disk, beside the line
+            or, where that is remote, in $TMPDIR.
 
     Raises:
-        ArtifactError: the table has no rows of this encoder version, or rows of several widths.
+        ArtifactError: the table has no rows of this encoder version, or rows of several widths; no room on the disk.
     """
     delta_version, files = table.scan(encoder_version)
-    keys = [file.read(KEYS) for file in files]
-    if not sum(part.num_rows for part in keys):
+    num_rows = sum(file.num_rows for file in files)
+    if not num_rows:
         known = ", ".join(table.encoder_versions()) or "none"
         raise ArtifactError(
             f"{table.uri} has no embeddings of encoder version {encoder_version} (it has: {known}). Run the extraction."
         )
-    rows = pa.concat_tables(keys)
-    current = current_row_numbers(rows)
-    starts = np.cumsum([0] + [part.num_rows for part in keys])
     width = next(_width(file) for file in files if file.num_rows)
-
-    def embeddings() -> Iterator[np.ndarray]:
-        for number, file in enumerate(files):
-            first, end = np.searchsorted(current, starts[number : number + 2])
-            if first < end:
-                column = file.read(["embedding"])["embedding"]
-                yield embedding_matrix(column, width, table.uri)[current[first:end] - starts[number]]
-
-    write_snapshot(
-        uri,
-        rows["item_id"].take(pa.array(current)),
-        embeddings(),
+    row_bytes = _COPIES * 4 * width + _ROW_BYTES
+    num_ranges = -(-num_rows * row_bytes // memory_bytes)
+    batch_rows = int(np.clip(memory_bytes // (8 * row_bytes), 256, 65_536))
+    with SnapshotWriter(
+        line,
         encoder_version=encoder_version,
         delta_version=delta_version,
         width=width,
         dtype=dtype,
-        content_at=times(rows["content_at"])[current],
-    )
-    return Snapshot.open(uri)
+        most_rows=num_rows,
+        has_times=True,
+        has_contents=True,
+        memory_bytes=memory_bytes // 2,
+    ) as writer:
+        ranges = _Ranges(writer.folder, num_ranges, memory_bytes // 4)
+        for file in files:
+            for rows in file.batches(COLUMNS, batch_rows):
+                ranges.add(_checked(rows, width, table.uri))
+        for part in range(num_ranges):
+            _append(writer, ranges.pop(part, memory_bytes), width)
+        uri = writer.publish(keep=keep)
+    return Snapshot.open(uri, verify=False)
 
 
 def embedding_matrix(column: pa.Array | pa.ChunkedArray, width: int, source: str) -> np.ndarray:
@@ -67,6 +93,93 @@ def embedding_matrix(column: pa.Array | pa.ChunkedArray, width: int, source: str
     if len(values) != len(column) * width or (len(column) and not (column.value_lengths().to_numpy() == width).all()):
         raise ArtifactError(f"{source}: an embedding is not of width {width}. One encoder version has one width.")
     return values.reshape(len(column), width)
+
+
+class _Ranges:
+    """Rows by the range of their ids' hashes, in memory up to a bound and else in files of `folder`."""
+
+    def __init__(self, folder: Path, num_ranges: int, memory_bytes: int) -> None:
+        self._paths = [folder / f"rows-{part}" for part in range(num_ranges)]
+        self._buffers: list[list[pa.Table]] = [[] for _ in self._paths]
+        self._memory_bytes = memory_bytes
+        self._num_buffered = 0
+
+    def add(self, rows: pa.Table) -> None:
+        if len(self._paths) == 1:
+            self._buffers[0].append(rows)
+            return
+        part = shard_of(hash_ids(rows["item_id"]), len(self._paths))
+        order = np.argsort(part, kind="stable")
+        rows = rows.take(pa.array(order))
+        bounds = np.searchsorted(part[order], np.arange(len(self._paths) + 1))
+        for number, buffer in enumerate(self._buffers):
+            if bounds[number] < bounds[number + 1]:
+                buffer.append(rows.slice(bounds[number], bounds[number + 1] - bounds[number]))
+        self._num_buffered += rows.nbytes
+        if self._num_buffered > self._memory_bytes:
+            self._flush()
+
+    def pop(self, part: int, memory_bytes: int) -> pa.Table:
+        """Last row of each item of the range, deleted ones too."""
+        rows, size = [], 0
+        for piece in self._pieces(part):
+            rows.append(piece)
+            size += piece.nbytes
+            if size > memory_bytes:  # many old rows of few items: drop them on the way
+                rows = [_last_rows(pa.concat_tables(rows))]
+                size = rows[0].nbytes
+        self._paths[part].unlink(missing_ok=True)
+        self._buffers[part] = []
+        return _last_rows(pa.concat_tables(rows)) if rows else None
+
+    def _pieces(self, part: int) -> Iterator[pa.Table]:
+        if self._paths[part].exists():
+            with self._paths[part].open("rb") as file:
+                while file.peek(1):
+                    yield pa.ipc.open_stream(file).read_all()
+        yield from self._buffers[part]
+
+    def _flush(self) -> None:
+        for path, buffer in zip(self._paths, self._buffers, strict=True):
+            if buffer:
+                joined = pa.concat_tables(buffer).combine_chunks()
+                with path.open("ab") as file, pa.ipc.new_stream(file, joined.schema) as writer:
+                    writer.write_table(joined)
+                buffer.clear()
+        self._num_buffered = 0
+
+
+def _last_rows(rows: pa.Table) -> pa.Table:
+    return rows.take(pa.array(current_row_numbers(rows, deleted=True)))
+
+
+def _append(writer: SnapshotWriter, rows: pa.Table | None, width: int) -> None:
+    """Add a range's rows that are not deleted, in the order of their hashes."""
+    if rows is None:
+        return
+    rows = rows.filter(pa.compute.invert(rows["deleted"])).combine_chunks()
+    ids = string_array(rows["item_id"])
+    hashes = hash_ids(ids)
+    order = sorted_order(ids, hashes)
+    matrix = rows["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    content_at = times(rows["content_at"])
+    digests, _ = content_digests(rows["content_hash"])
+    for start in range(0, len(order), 2**15):
+        piece = order[start : start + 2**15]
+        writer.append(
+            hashes[piece],
+            ids.take(pa.array(piece)),
+            matrix[piece],
+            content_at=content_at[piece],
+            digests=digests[piece],
+        )
+
+
+def _checked(rows: pa.Table, width: int, source: str) -> pa.Table:
+    """Rows with embeddings as a list of fixed size, which no later step has to look at again."""
+    values = pa.array(embedding_matrix(rows["embedding"], width, source).reshape(-1))
+    fixed = pa.FixedSizeListArray.from_arrays(values, width)
+    return rows.set_column(rows.schema.get_field_index("embedding"), "embedding", fixed)
 
 
 def _width(file: DataFile) -> int:

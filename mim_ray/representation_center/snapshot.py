@@ -1,29 +1,28 @@
 """MFM's reading side (paper Section 3.5): the current embeddings as an immutable memory-mapped matrix with its keys.
 
-    write_snapshot(uri, ids, matrix, encoder_version="csft-…", delta_version=7)
-    snapshot = Snapshot.open(uri)
+    write_snapshot(line, ids, matrix, encoder_version="csft-…", delta_version=7)
+    snapshot = Snapshot.open(line)       # the current state of the line; or the URI of one state
     rows = snapshot.lookup(ids)          # (n,) int64, -1 unknown; hash once, reuse the row numbers
     vectors = snapshot.gather(rows)      # rows.shape + (D,) float32, zeros for -1
 
-Layout of the folder `uri`:
+Layout of a state (snapshot_line.py tells how states make a line), rows in the order of their ids' hashes:
 
-    manifest.json          what is shown (encoder version, Delta version, rows, width, dtype), files, sizes, checksums
-    data-<id>/hashes.bin   (N,) uint64 ascending          offsets.bin  (N + 1,) int64       keys.bin  ids in UTF-8
-              matrix.bin   (N, D) float32 or float16      content_at.bin  (N,) int64, microseconds, only from the table
+    manifest.json   what is shown (encoder version, Delta version, rows, width, dtype), files, sizes, checksums
+    hashes.bin      (N,) uint64 ascending        buckets.bin  first row of each range of hashes (key_index.py)
+    offsets.bin     (N + 1,) uint32              keys.bin     ids in UTF-8, then 8 zeros
+    matrix.bin      (N, D) float32, float16 or int8      scales.bin  (N,) float32, int8 only: a value is scale · integer
+    content_at.bin  (N,) int64, microseconds     content.bin  (N, 16) uint8 content hashes, zeros where unknown
+    content_keys.bin, content_rows.bin           first 8 bytes of the known content hashes ascending, and their rows
 
-A new state is built in a new data folder beside the old one; replacing manifest.json (one rename, or one object PUT)
-switches to it. Who has the old one mapped keeps it; it stays on disk until the next but one is built.
+The last four are there when the rows came from the table; the last three are opened only when they are used.
+
+*Unknown ids*: `lookup` answers -1 for an id that is not in the snapshot (never encoded, deleted, or null), and `gather`
+answers zeros for -1, which makes every cosine 0.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import tempfile
-import uuid
-from collections.abc import Iterable
-from pathlib import Path
+import threading
 from typing import Any
 
 import numpy as np
@@ -32,224 +31,236 @@ import pyarrow as pa
 from mim_ray import artifacts
 from mim_ray.data.ids import Ids
 from mim_ray.errors import ArtifactError
-from mim_ray.representation_center.key_index import KeyIndex, build_key_index
+from mim_ray.representation_center.content_hashes import ContentIndex, content_hash_strings
+from mim_ray.representation_center.key_index import KEY_PADDING, KeyIndex, shard_start
+from mim_ray.representation_center.snapshot_files import MANIFEST, SnapshotFiles, read_manifest
+from mim_ray.representation_center.snapshot_line import POINTER, current_snapshot
+from mim_ray.representation_center.snapshot_writer import DTYPES, NO_TIME, write_snapshot
 
-FORMAT = 1
-DTYPES = {"float32": np.float32, "float16": np.float16}
-NO_TIME = np.iinfo(np.int64).min  # content_at of a row whose content has no time: older than everything
+__all__ = ["DTYPES", "NO_TIME", "Snapshot", "write_snapshot"]
 
 
 class Snapshot:
-    """An open snapshot. All arrays are memory mapped: opening is cheap, processes of one machine share the pages."""
+    """An open snapshot. All arrays are memory mapped: opening is cheap, processes of one machine share the pages.
 
-    def __init__(self, uri: str, manifest: dict[str, Any], folder: Path) -> None:
+    Attributes:
+        uri: of exactly this state. snapshot_id: its name in the line.
+        num_rows: that are mapped; total_rows: of the whole snapshot.
+        shard: (s, S) where only shard s of S is mapped, else None; row numbers count from its first row.
+    """
+
+    def __init__(self, uri: str, manifest: dict[str, Any], files: SnapshotFiles, shard: tuple[int, int] | None) -> None:
         """Use `Snapshot.open`."""
         self.uri = uri
+        self.snapshot_id: str = manifest["snapshot_id"]
         self.encoder_version: str = manifest["encoder_version"]
         self.delta_version: int = manifest["delta_version"]
         self.width: int = manifest["width"]
         self.dtype: str = manifest["dtype"]
-        self.num_rows: int = manifest["rows"]
-        self._index = KeyIndex(
-            _map(folder / "hashes.bin", np.uint64, (self.num_rows,)),
-            _map(folder / "offsets.bin", np.int64, (self.num_rows + 1,)),
-            _map(folder / "keys.bin", np.uint8, (manifest["files"]["keys.bin"]["bytes"],)),
-        )
-        self.matrix = _map(folder / "matrix.bin", DTYPES[self.dtype], (self.num_rows, self.width))
+        self.total_rows: int = manifest["rows"]
+        self.shard = shard
+        self._files = files
+        first, end = (0, self.total_rows) if shard is None else _row_range(files, manifest, shard)
+        self.first_row = first
+        self.num_rows = end - first
+        self._index = _key_index(files, manifest, first, end)
+        self.matrix = _array(files, "matrix.bin", DTYPES[self.dtype], first, end, self.width)
         """(N, D) memory-mapped rows in the stored dtype."""
-        has_times = "content_at.bin" in manifest["files"]
+        self.scales = _array(files, "scales.bin", np.float32, first, end)[:, 0] if self.dtype == "int8" else None
+        """(N,) float32: a row is its scale times its integers; None unless dtype is int8."""
         self.content_at: np.ndarray | None = (
-            _map(folder / "content_at.bin", np.int64, (self.num_rows,)) if has_times else None
+            _array(files, "content_at.bin", np.int64, first, end)[:, 0] if "content_at.bin" in files else None
         )
         """(N,) int64 microseconds of each row's content, or None where the snapshot was written without."""
+        self.num_mapped_bytes = files.num_mapped_bytes
+        """Bytes mapped for lookups: index, matrix and times."""
+        self._content: ContentIndex | None = None
+        self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, uri: str, *, verify: bool = True) -> Snapshot:
-        """Map the snapshot at `uri` (a remote one is downloaded to a local cache first).
+    def open(cls, uri: str, *, verify: bool = True, shard: tuple[int, int] | None = None) -> Snapshot:
+        """Map the snapshot at `uri` (of a remote one what is mapped is downloaded to a local cache first).
 
         Args:
+            uri: of a line, which opens its current state, or of one state.
             verify: compare checksums, which reads every byte once; sizes are always compared.
+            shard: (s, S): only the rows whose hash `shard_of` puts into shard s of S.
 
         Raises:
             ArtifactError: missing, incomplete or damaged.
         """
-        manifest = _read_manifest(uri)
-        try:
-            folder = artifacts.local_copy(f"{uri}/{manifest['data']}")
-            _check_files(uri, folder, manifest, verify=verify)
-        except (ArtifactError, FileNotFoundError):
-            newer = _read_manifest(uri)
-            if newer["data"] == manifest["data"]:
-                raise
-            return cls.open(uri, verify=verify)  # it was replaced between the two reads
-        return cls(uri, manifest, folder)
+        uri = uri.rstrip("/")
+        if shard is not None and not 0 <= shard[0] < shard[1] < 2**32:
+            raise ArtifactError(f"Shard {shard[0]} of {shard[1]} is none: shards are numbered from 0.")
+        state = current_snapshot(uri)
+        if state is None:
+            return cls._open(uri, verify, shard)
+        while True:
+            try:
+                return cls._open(f"{uri}/{state}", verify, shard)
+            except (ArtifactError, FileNotFoundError):
+                newer = current_snapshot(uri)
+                if newer is None or newer == state:
+                    raise
+                state = newer  # it was replaced, and deleted, between the two reads
+
+    @classmethod
+    def _open(cls, uri: str, verify: bool, shard: tuple[int, int] | None) -> Snapshot:
+        if not artifacts.exists(f"{uri}/{MANIFEST}"):
+            raise ArtifactError(
+                f"{uri} holds no snapshot ({POINTER} or {MANIFEST} is not there). Run the stage that makes it first."
+            )
+        manifest = read_manifest(uri)
+        if manifest["snapshot_id"] != uri.rpartition("/")[2]:
+            raise ArtifactError(
+                f"{uri}/{MANIFEST} belongs to snapshot {manifest['snapshot_id']}. Build the snapshot again from the table."
+            )
+        files = SnapshotFiles(uri, manifest, verify=verify)
+        snapshot = cls(uri, manifest, files, shard)
+        files.tidy_cache()
+        return snapshot
+
+    @property
+    def line(self) -> str:
+        """URI of the line that this state belongs to."""
+        return self.uri.rpartition("/")[0]
 
     @property
     def ids(self) -> pa.LargeStringArray:
         """(N,) item ids in row order."""
         return self._index.ids
 
-    def lookup(self, ids: Ids) -> np.ndarray:
-        """(n,) int64 row of each id, -1 where unknown or null. Exact: the ids are compared, not only their hashes."""
-        return self._index.find(ids)
+    @property
+    def hashes(self) -> np.ndarray:
+        """(N,) uint64 `hash_ids` of the ids, ascending."""
+        return self._index.hashes
+
+    def lookup(self, ids: Ids, hashes: np.ndarray | None = None) -> np.ndarray:
+        """(n,) int64 row of each id, -1 where unknown or null. Exact: the ids are compared, not only their hashes.
+
+        Args:
+            hashes: (n,) uint64 `hash_ids` of the ids, where the caller has them.
+        """
+        return self._index.find(ids, hashes)
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings of row numbers of any shape: rows.shape + (D,) float32; zeros where the row is -1."""
         flat = np.asarray(rows, np.int64).ravel()
-        unknown = flat < 0
-        if self.num_rows == 0 or unknown.all():
+        if self.num_rows == 0:
             result = np.zeros((len(flat), self.width), np.float32)
         else:
-            result = np.take(self.matrix, np.where(unknown, 0, flat), axis=0).astype(np.float32, copy=False)
-            result[unknown] = 0.0
+            result = self._float32(flat)
+            if len(flat) and flat.min() < 0:
+                result[flat < 0] = 0.0
         return result.reshape((*np.shape(rows), self.width))
 
+    def gather_stored(self, rows: np.ndarray) -> np.ndarray:
+        """As `gather`, in the stored dtype; of int8 the integers, to be multiplied by `scales`."""
+        flat = np.asarray(rows, np.int64).ravel()
+        if self.num_rows == 0:
+            result = np.zeros((len(flat), self.width), self.matrix.dtype)
+        else:
+            result = self.matrix.take(flat, axis=0, mode="clip")
+            if len(flat) and flat.min() < 0:
+                result[flat < 0] = 0
+        return result.reshape((*np.shape(rows), self.width))
 
-def write_snapshot(
-    uri: str,
-    ids: Ids,
-    matrix: np.ndarray | Iterable[np.ndarray],
-    *,
-    encoder_version: str,
-    delta_version: int = -1,
-    width: int | None = None,
-    dtype: str = "float32",
-    content_at: np.ndarray | None = None,
-) -> None:
-    """Build a snapshot and switch `uri` to it. One writer at a time.
+    def content_hashes(self, rows: np.ndarray) -> pa.StringArray:
+        """(n,) content hash of each row, 32 hex digits; null where unknown and where the row is -1."""
+        flat = np.asarray(rows, np.int64).ravel()
+        if "content.bin" not in self._files or self.num_rows == 0:
+            return pa.nulls(len(flat), pa.string())
+        digests = self._contents().digests.take(flat, axis=0, mode="clip")
+        return content_hash_strings(digests, known=flat >= 0)
 
-    Args:
-        ids: (N,) item ids, each once, in any order.
-        matrix: (N, D) in the order of the ids, whole or as batches of rows that follow each other (so that the embeddings
-            need not be in memory together; `width` is needed then).
-        encoder_version: the encoder that made the vectors. delta_version: the table's version shown, -1 if no table.
-        content_at: (N,) int64 microseconds; `snapshot.NO_TIME` for unknown.
+    def find_content(self, hashes: Ids) -> np.ndarray:
+        """(n,) int64: a row whose content has this hash (32 hex digits), -1 where there is none.
 
-    Raises:
-        ArtifactError: an id null or there twice, rows of another number or width, or a value that is not finite.
-    """
-    try:
-        index, order = build_key_index(ids)
-    except ValueError as error:
-        raise ArtifactError(f"Snapshot {uri}: {error}. Each item needs one row.") from None
-    batches: Iterable[np.ndarray] = [matrix] if isinstance(matrix, np.ndarray) else matrix
-    if width is None:
-        if not isinstance(matrix, np.ndarray):
-            raise ArtifactError(f"Snapshot {uri}: `width` is missing, which batches of rows need.")
-        width = matrix.shape[1]
-    local = artifacts.local_path(uri)
-    parent = local if local is not None else None
-    if parent is not None:
-        parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".building-", dir=parent))
-    try:
-        _write_array(building / "hashes.bin", index.hashes.astype(np.uint64, copy=False))
-        _write_array(building / "offsets.bin", index.offsets)
-        _write_array(building / "keys.bin", index.key_bytes)
-        if content_at is not None:
-            _write_array(building / "content_at.bin", np.asarray(content_at, np.int64)[order])
-        target = np.empty(len(order), np.int64)
-        target[order] = np.arange(len(order))
-        _write_matrix(building / "matrix.bin", batches, target, width, DTYPES[dtype], uri)
-        manifest = {
-            "format": FORMAT,
-            "encoder_version": encoder_version,
-            "delta_version": int(delta_version),
-            "rows": len(order),
-            "width": width,
-            "dtype": dtype,
-            "created_at": artifacts.now(),
-            "data": f"data-{uuid.uuid4().hex[:12]}",
-            "files": {path.name: _describe(path) for path in sorted(building.iterdir())},
-        }
-        _publish(uri, building, manifest)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _read_manifest(uri: str) -> dict[str, Any]:
-    manifest = artifacts.read_json(f"{uri}/manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise ArtifactError(f"{uri}/manifest.json has format {found!r}, this version reads {FORMAT}. Build it again.")
-    return manifest
-
-
-def _check_files(uri: str, folder: Path, manifest: dict[str, Any], *, verify: bool) -> None:
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise ArtifactError(f"Snapshot {uri} is damaged: {path} is missing. Build it again from the table.")
-        found = _describe(path) if verify else {"bytes": path.stat().st_size}
-        wrong = [key for key, value in found.items() if value != expected[key]]
-        if wrong:
+        Raises:
+            ArtifactError: only a shard is mapped; contents are found in whole snapshots.
+        """
+        if self.shard is not None:
             raise ArtifactError(
-                f"Snapshot {uri} is damaged: {path} has {wrong[0]} {found[wrong[0]]}, its manifest says "
-                f"{expected[wrong[0]]}. Build it again from the table."
+                f"Snapshot {self.uri}: shard {self.shard} cannot be searched by content. Open the whole."
             )
+        if "content.bin" not in self._files:
+            return np.full(len(hashes), -1, np.int64)
+        return self._contents().find(hashes)
+
+    def _float32(self, rows: np.ndarray) -> np.ndarray:
+        """Rows as float32; what stands for row -1 is anything."""
+        taken = self.matrix.take(rows, axis=0, mode="clip")
+        if self.dtype == "float32":
+            return taken
+        import torch  # ten times as fast as NumPy at this, and loaded only where it is needed
+
+        result = torch.from_numpy(taken).float()
+        if self.scales is not None:
+            result *= torch.from_numpy(self.scales.take(rows, mode="clip"))[:, None]
+        return result.numpy()
+
+    def _contents(self) -> ContentIndex:
+        with self._lock:
+            if self._content is None:
+                end = self.first_row + self.num_rows
+                digests = _array(self._files, "content.bin", np.uint8, self.first_row, end, 16)
+                if self.shard is not None:
+                    nothing = np.empty(0, np.int64)
+                    self._content = ContentIndex(digests, nothing.view(np.uint64), nothing)
+                else:
+                    keys = self._files.map("content_keys.bin").view(np.uint64)
+                    self._content = ContentIndex(digests, keys, self._files.map("content_rows.bin").view(np.int64))
+            return self._content
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    return {"bytes": path.stat().st_size, "checksum": digest}
+def _array(files: SnapshotFiles, name: str, dtype: Any, first: int, end: int, width: int = 1) -> np.ndarray:
+    size = np.dtype(dtype).itemsize * width
+    return files.map(name, first * size, end * size).view(dtype).reshape(end - first, width)
 
 
-def _map(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    # A plain array over the mapping: np.memmap's own subclass makes every gather slower.
-    return np.asarray(np.memmap(path, dtype, mode="r", shape=shape))
+def _row_range(files: SnapshotFiles, manifest: dict[str, Any], shard: tuple[int, int]) -> tuple[int, int]:
+    """First row of a shard and of the next one."""
+    bounds = [_first_row(files, manifest, shard_start(number, shard[1])) for number in (shard[0], shard[0] + 1)]
+    return bounds[0], bounds[1]
 
 
-def _write_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.ascontiguousarray(array).tofile(file)
-        file.flush()
-        os.fsync(file.fileno())
+def _first_row(files: SnapshotFiles, manifest: dict[str, Any], bound: int) -> int:
+    """First row whose hash is not less than `bound`. Reads one block of the hashes at most."""
+    starts = [int(start, 16) for start in manifest["block_hashes"]]
+    block = sum(start < bound for start in starts) - 1
+    if block < 0:
+        return 0
+    if bound >= 2**64:
+        return int(manifest["rows"])
+    per_block = manifest["block_bytes"] // 8
+    first, end = block * per_block, min((block + 1) * per_block, manifest["rows"])
+    hashes = files.map("hashes.bin", first * 8, end * 8).view(np.uint64)
+    files.num_mapped_bytes -= hashes.nbytes
+    return first + int(np.searchsorted(hashes, np.uint64(bound)))
 
 
-def _write_matrix(
-    path: Path, batches: Iterable[np.ndarray], target: np.ndarray, width: int, dtype: Any, uri: str
-) -> None:
-    """Write row i of the joined batches to row target[i]."""
-    done = 0
-    if not len(target):
-        path.touch()
-        return
-    out = np.memmap(path, dtype, mode="w+", shape=(len(target), width))
-    for batch in batches:
-        if batch.ndim != 2 or batch.shape[1] != width or done + len(batch) > len(target):
-            raise ArtifactError(
-                f"Snapshot {uri}: rows of shape {batch.shape} at row {done}; expected {len(target)} rows of width {width}."
-            )
-        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, which is refused below
-            rows = batch.astype(dtype)
-        if not np.isfinite(rows).all():
-            raise ArtifactError(f"Snapshot {uri}: an embedding near row {done} is not finite in {np.dtype(dtype)}.")
-        out[target[done : done + len(batch)]] = rows
-        done += len(batch)
-    if done != len(target):
-        raise ArtifactError(f"Snapshot {uri}: {done} rows for {len(target)} ids.")
-    out.flush()
-
-
-def _publish(uri: str, building: Path, manifest: dict[str, Any]) -> None:
-    """Put the files in place, switch the manifest, delete what neither the new nor the last manifest names."""
-    manifest_uri = f"{uri}/manifest.json"
-    previous = artifacts.read_json(manifest_uri).get("data") if artifacts.exists(manifest_uri) else None
-    local = artifacts.local_path(uri)
-    if local is not None:
-        building.chmod(0o755)
-        building.rename(local / manifest["data"])
-    else:
-        fs, path = artifacts.filesystem(f"{uri}/{manifest['data']}")
-        for file in sorted(building.iterdir()):
-            with file.open("rb") as source, fs.open_output_stream(f"{path}/{file.name}") as sink:
-                shutil.copyfileobj(source, sink, 2**24)
-    artifacts.write_json(manifest_uri, manifest)
-    keep = {manifest["data"], previous}
-    folders = {entry[len(uri) + 1 :].partition("/")[0] for entry in artifacts.list_files(uri)}
-    for folder in sorted(folders):
-        if folder.startswith(("data-", ".building-")) and folder not in keep:
-            artifacts.remove(f"{uri}/{folder}")
+def _key_index(files: SnapshotFiles, manifest: dict[str, Any], first: int, end: int) -> KeyIndex:
+    bits = manifest["bucket_bits"]
+    hashes = _array(files, "hashes.bin", np.uint64, first, end)[:, 0]
+    offsets = _array(files, "offsets.bin", np.uint32, first, end + 1)[:, 0]
+    wraps = manifest["key_wraps"]
+    ends = [int(offsets[at - first]) + (sum(wrap <= at for wrap in wraps) << 32) for at in (first, end)]
+    keys = files.map("keys.bin", ends[0], ends[1] + KEY_PADDING)
+    bucket_type = np.dtype(manifest["bucket_dtype"])
+    first_bucket, end_bucket = 0, 2**bits
+    if end - first < manifest["rows"]:
+        shift = np.uint64(64 - bits)
+        first_bucket, end_bucket = (int(hashes[0] >> shift), int(hashes[-1] >> shift) + 1) if len(hashes) else (0, 0)
+    size = bucket_type.itemsize
+    buckets = files.map("buckets.bin", first_bucket * size, (end_bucket + 1) * size).view(bucket_type)
+    return KeyIndex(
+        hashes,
+        offsets,
+        keys,
+        buckets,
+        bucket_bits=bits,
+        first_bucket=first_bucket,
+        first_row=first,
+        first_byte=ends[0],
+        wraps=wraps,
+    )
