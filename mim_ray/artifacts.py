@@ -151,6 +151,15 @@ def write_bytes(uri: str, content: bytes) -> None:
             stream.write(content)
 
 
+def sync(path: str | Path) -> None:
+    """Make a file's content, or a folder's entries, safe against a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_bytes(uri: str) -> bytes:
     """
     Raises:

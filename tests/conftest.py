@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must no
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two lanes (`-n 2 --dist loadgroup`): what needs the head node, then all that shares the session's Ray, run one after
     another in one process each, so that there is one of both; every other file goes where there is room. Longest first."""

@@ -6,7 +6,8 @@
 
 *Marks.* A file's footer lists the shards whose rows it accounts for (`SHARDS_KEY`), also those whose rows are not there any
 more (compaction keeps current rows only) or never were (an empty shard). A batch shard's file says the same in its name, so
-that the log alone answers which shards are in.
+that the log alone answers which shards are in. A compacted file lists the window segments apart (`SEGMENTS_KEY`); its name
+holds their first and last time, so that most files need not be opened to learn that a segment is not in them.
 
 Files are read through pyarrow's own filesystems. deltalake's dataset would call back into Python from Arrow's threads, which
 now and then aborts a process that is about to end.
@@ -18,6 +19,7 @@ import json
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -31,6 +33,17 @@ SCHEMA = pa.schema([*ITEM_EMBEDDINGS.schema, pa.field("category", pa.string()), 
 """SPEC's columns; `category` of a new item, which the catalogue may not know yet; `commit_version`, see table.py."""
 FILE_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in PARTITIONS])
 SHARDS_KEY = b"mim_ray.shards"
+SEGMENTS_KEY = b"mim_ray.segments"
+COMPACTED = "compacted-"
+WRITE_OPTIONS: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["origin", "shard_id", "category"]}
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a file accounts for: batch shards, and window segments."""
+
+    shards: frozenset[str] = frozenset()
+    segments: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,11 @@ class DataFile:
         name = self.path.rpartition("/")[2]
         return name.removeprefix("batch-").rpartition("-")[0] if name.startswith("batch-") else None
 
+    @property
+    def is_realtime(self) -> bool:
+        """Whether this is a fold of window segments."""
+        return self.path.rpartition("/")[2].startswith("realtime-")
+
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of those columns of `SCHEMA`, partition columns too."""
         names = SCHEMA.names if columns is None else list(columns)
@@ -87,15 +105,27 @@ class DataFile:
             for batch in file.iter_batches(rows, columns=[name for name in names if name not in PARTITIONS]):
                 yield self._with_partitions(pa.Table.from_batches([batch]), names)
 
-    def shards(self) -> frozenset[str]:
-        """The shards that the file accounts for; opens its footer where the name does not say it."""
+    def may_hold(self, first: str, last: str) -> bool:
+        """Whether a mark in [first, last] can be in this file, as far as the log says. All segments, or all batch shards."""
+        name = self.path.rpartition("/")[2]
+        if name.startswith(COMPACTED) and is_segment(first) and is_segment(last):
+            least, greatest = (int(part) for part in name.split("-")[1:3])
+            return least <= segment_time(last) and segment_time(first) <= greatest
+        return self.shard_range is None or (self.shard_range[0] <= last and first <= self.shard_range[1])
+
+    def marks(self) -> Marks:
+        """What the file accounts for; opens its footer where the name does not say it."""
         if self.batch_shard is not None:
-            return frozenset([self.batch_shard])
+            return Marks(shards=frozenset([self.batch_shard]))
         fs, path = artifacts.filesystem(self.uri)
-        marks = (pq.read_metadata(path, filesystem=fs).metadata or {}).get(SHARDS_KEY)
-        if marks is None:
-            return frozenset(self.read(["shard_id"])["shard_id"].to_pylist())
-        return frozenset(json.loads(marks))
+        footer = pq.read_metadata(path, filesystem=fs).metadata or {}
+        if SHARDS_KEY in footer:
+            listed = frozenset(json.loads(footer[SHARDS_KEY]))
+        else:
+            listed = frozenset(self.read(["shard_id"])["shard_id"].to_pylist())
+        if self.is_realtime:
+            return Marks(segments=listed)
+        return Marks(listed, frozenset(json.loads(footer.get(SEGMENTS_KEY, b"[]"))))
 
     def _with_partitions(self, rows: pa.Table, names: Sequence[str]) -> pa.Table:
         values = {"encoder_version": self.encoder_version, "commit_version": self.commit_version}
@@ -138,7 +168,17 @@ def write_data_file(uri: str, rows: pa.Table, shard_ids: Sequence[str]) -> int:
     """Write rows of `FILE_SCHEMA` with the marks of `shard_ids`; the file's size in bytes."""
     sink = pa.BufferOutputStream()
     marked = rows.replace_schema_metadata({SHARDS_KEY: json.dumps(sorted(shard_ids)).encode()})
-    pq.write_table(marked, sink, compression="zstd", use_dictionary=["origin", "shard_id", "category"])
+    pq.write_table(marked, sink, **WRITE_OPTIONS)
     content = sink.getvalue()
     artifacts.write_bytes(uri, content.to_pybytes())
     return int(content.size)
+
+
+def is_segment(mark: str) -> bool:
+    """Whether a mark is the id of a window segment: 20 digits of nanoseconds, then 8 hexadecimal ones."""
+    return len(mark) == 29 and mark[20] == "-" and mark[:20].isdecimal()
+
+
+def segment_time(segment_id: str) -> int:
+    """Nanoseconds since 1970 at which the segment was written."""
+    return int(segment_id[:20])

@@ -1,55 +1,52 @@
-"""MFM (paper Section 3.5): the append-only Delta log item_id -> MM embedding, and the one rule for an item's current row.
+"""MFM (paper Section 3.5): the append-only Delta log item_id -> MM embedding.
 
     table = EmbeddingTable(f"{center}/table").create()
     fragment = write_fragment(table.uri, rows, encoder_version=…, shard_id=…)     # anywhere, by any worker
     table.commit([fragment, …])                                                  # one Delta commit, by one committer
     table.current_rows(encoder_version)                                          # pa.Table, small tables
 
-*Rule.* An item's current row is the last by (content_at, commit_version, shard_id); none if that row is `deleted`. Rows
-without content_at are the oldest. `CURRENT_ROWS_SQL` says the same to any SQL engine that reads Delta.
+Which row of an item is current: current_rows.py. Merging the log's files: compaction.py.
 
 *commit_version* is the Delta version that brought the row. It is a partition column: partition values stand in the log, not
 in the data files, so the committer writes it in the commit itself. The commit names the version it will become and is
 refused if another writer was faster (then it is made again), so the number is always right and readable by every client.
 
 *Exactly once.* A shard's files enter in one commit together; before each attempt the committer asks the very version on
-which it builds which shards are in. File names carry the shard id, so this reads the log only. Files that no commit names
-(of a worker that died) do no harm.
+which it builds which shards are in. Marks of shards stand in the files' names and footers (data_files.py), so that this
+reads the log and, for window segments and compacted files, a few footers. Files that no commit names (of a worker that
+died) do no harm.
+
+*Cost.* Each call looks for new commits (under a millisecond where there are none) and takes in only what they changed.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import random
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import DeltaTable, Schema
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction
 
 from mim_ray import artifacts
 from mim_ray.errors import ArtifactError
-from mim_ray.representation_center.data_files import PARTITIONS, SCHEMA, DataFile, Fragment, write_fragment
-from mim_ray.representation_center.snapshot import NO_TIME
+from mim_ray.representation_center.current_rows import CURRENT_ROWS_SQL, current_row_numbers, times
+from mim_ray.representation_center.data_files import PARTITIONS, SCHEMA, DataFile, Fragment, Marks, write_fragment
+from mim_ray.representation_center.log_state import LogState, add_action, remove_action
 
-CURRENT_ROWS_SQL = """
-SELECT item_id, embedding, content_hash, encoder_version, content_at, origin, shard_id, category, commit_version
-FROM (
-    SELECT *, row_number() OVER (
-        PARTITION BY encoder_version, item_id
-        ORDER BY content_at DESC NULLS LAST, commit_version DESC, shard_id DESC
-    ) AS place
-    FROM item_embeddings
-) AS ranked
-WHERE place = 1 AND NOT deleted
-"""
+__all__ = ["CURRENT_ROWS_SQL", "EmbeddingTable", "PartlyCommittedError", "current_row_numbers", "times"]
 
 MAX_ATTEMPTS = 100
+RETENTION = timedelta(days=7)
+"""How long commits and replaced files are kept at least, unless `vacuum` says otherwise."""
 
 
 class PartlyCommittedError(ArtifactError):
@@ -57,12 +54,17 @@ class PartlyCommittedError(ArtifactError):
 
 
 class EmbeddingTable:
-    """The Delta log at `uri`. Holds no open state: every call sees the newest version."""
+    """The Delta log at `uri`. Every call sees the newest version. Threads may share it; it travels by its URI."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._known: tuple[int, list[DataFile]] = (-1, [])
-        self._marks: dict[str, frozenset[str]] = {}
+        self._lock = threading.RLock()
+        self._handle: DeltaTable | None = None
+        self._folder: tuple[int, int] | None = None
+        self._log = LogState(uri)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (EmbeddingTable, (self.uri,))
 
     def create(self) -> EmbeddingTable:
         """Make the empty table if there is none."""
@@ -70,16 +72,33 @@ class EmbeddingTable:
             local = artifacts.local_path(self.uri)
             if local is not None:
                 local.mkdir(parents=True, exist_ok=True)
-            DeltaTable.create(self.uri, Schema.from_arrow(SCHEMA), mode="ignore", partition_by=PARTITIONS)
+            DeltaTable.create(
+                self.uri,
+                Schema.from_arrow(SCHEMA),
+                mode="ignore",
+                partition_by=PARTITIONS,
+                configuration=dict(retention_settings(RETENTION)),
+            )
         return self
 
     def exists(self) -> bool:
         return DeltaTable.is_deltatable(self.uri)
 
+    def open(self) -> DeltaTable:
+        """A handle of the newest version, the caller's own.
+
+        Raises:
+            ArtifactError: there is no table.
+        """
+        try:
+            return DeltaTable(self.uri)
+        except TableNotFoundError:
+            raise ArtifactError(f"{self.uri} is no Delta table. Run the extraction first.") from None
+
     @property
     def version(self) -> int:
         """Newest Delta version."""
-        return self._load().version()
+        return self._newest().version
 
     def commit(self, fragments: Sequence[Fragment]) -> int:
         """Make the fragments' rows visible, all in one Delta commit; shards that are in already are left out.
@@ -90,13 +109,15 @@ class EmbeddingTable:
             PartlyCommittedError: a fragment of several shards, of which some are in.
         """
         for _ in range(MAX_ATTEMPTS):
-            handle = self._load()
-            missing = self._missing(handle, fragments)
-            if not missing:
-                return handle.version()
-            version = handle.version() + 1
-            if self._try(handle, [_add_action(fragment, version) for fragment in missing]):
-                return version
+            with self._lock:
+                log = self._newest()
+                missing = self._missing(log, fragments)
+                if not missing:
+                    return log.version
+                version = log.version + 1
+                if self._try([add_action(fragment, version) for fragment in missing]):
+                    return version
+            time.sleep(random.uniform(0, 0.05))
         raise self._too_busy()
 
     def replace(self, old: Sequence[DataFile], new: Sequence[Fragment], *, commit_version: int) -> int | None:
@@ -109,13 +130,16 @@ class EmbeddingTable:
             the table's version that shows it; None if some of `old` are not in the table any more.
         """
         for _ in range(MAX_ATTEMPTS):
-            handle = self._load()
-            if not {file.path for file in old} <= {file.path for file in self._files(handle)}:
-                return None
-            actions: list[AddAction | RemoveAction] = [_remove_action(file) for file in old]
-            actions += [_add_action(fragment, commit_version, data_change=False) for fragment in new]
-            if self._try(handle, actions):
-                return handle.version() + 1
+            with self._lock:
+                log = self._newest()
+                if not {file.path for file in old} <= log.files.keys():
+                    return None
+                version = log.version + 1
+                actions: list[AddAction | RemoveAction] = [remove_action(file) for file in old]
+                actions += [add_action(fragment, commit_version, data_change=False) for fragment in new]
+                if self._try(actions):
+                    return version
+            time.sleep(random.uniform(0, 0.05))
         raise self._too_busy()
 
     def append(
@@ -128,19 +152,23 @@ class EmbeddingTable:
 
     def encoder_versions(self) -> list[str]:
         """Encoder versions with at least one file."""
-        return sorted({file.encoder_version for file in self._files(self._load())})
+        with self._lock:
+            return sorted({file.encoder_version for file in self._newest().files.values()})
 
     def committed_shards(self, encoder_version: str) -> set[str]:
         """Batch shards of the encoder version that are in. Reads the log, and the footers of compacted files."""
-        found: set[str] = set()
-        for file in self._files(self._load()):
-            if file.encoder_version == encoder_version and not _is_realtime(file):
-                found |= self._shards(file)
-        return found
+        with self._lock:
+            return self._newest().shards(encoder_version)
 
     def contains(self, encoder_version: str, shard_ids: Iterable[str]) -> set[str]:
         """Those of `shard_ids` that are in, batch or realtime. Files whose range of ids excludes them are not opened."""
-        return self._contains(self._load(), encoder_version, set(shard_ids))
+        with self._lock:
+            return self._newest().contains(encoder_version, shard_ids)
+
+    def marks_of(self, file: DataFile) -> Marks:
+        """What a file accounts for."""
+        with self._lock:
+            return self._log.marks_of(file)
 
     def scan(self, encoder_version: str, *, newer_than: int = -1) -> tuple[int, list[DataFile]]:
         """(version, data files in a fixed order) of an encoder version, for readers that stream.
@@ -148,13 +176,15 @@ class EmbeddingTable:
         Args:
             newer_than: only files with rows of later commits than this Delta version (a compacted one has older rows too).
         """
-        handle = self._load()
-        wanted = [
-            file
-            for file in self._files(handle)
-            if file.encoder_version == encoder_version and file.commit_version > newer_than
-        ]
-        return handle.version(), sorted(wanted, key=lambda file: file.path)
+        with self._lock:
+            log = self._newest()
+            wanted = [file for file in log.of(encoder_version) if file.commit_version > newer_than]
+            return log.version, sorted(wanted, key=lambda file: file.path)
+
+    def files(self) -> list[DataFile]:
+        """The data files of all encoder versions."""
+        with self._lock:
+            return list(self._newest().files.values())
 
     def current_rows(self, encoder_version: str, *, newer_than: int = -1, deleted: bool = False) -> pa.Table:
         """The current row of every item, as a table in memory (`build_snapshot` streams instead).
@@ -167,38 +197,36 @@ class EmbeddingTable:
         rows = pa.concat_tables([SCHEMA.empty_table(), *(file.read() for file in files)])
         return rows.take(pa.array(current_row_numbers(rows, deleted=deleted)))
 
-    def _load(self) -> DeltaTable:
-        try:
-            return DeltaTable(self.uri)
-        except TableNotFoundError:
-            raise ArtifactError(f"{self.uri} is no Delta table. Run the extraction first.") from None
+    def _newest(self) -> LogState:
+        """The files at the newest version. What uses more than its version holds the lock."""
+        with self._lock:
+            folder = self._identity()
+            if self._handle is not None and folder == self._folder:
+                try:
+                    self._handle.update_incremental()
+                except (DeltaError, OSError):  # not to be followed, such as a table that was made anew
+                    self._handle = None
+            if self._handle is None or folder != self._folder:
+                self._handle, self._log = self.open(), LogState(self.uri)
+                self._folder = self._identity()
+            self._log.follow(self._handle)
+            return self._log
 
-    def _files(self, handle: DeltaTable) -> list[DataFile]:
-        """What the log names at the handle's version."""
-        if self._known[0] != handle.version():
-            log = pa.table(handle.get_add_actions(flatten=True))
-            names = [
-                "path",
-                "size_bytes",
-                "num_records",
-                "partition.encoder_version",
-                "partition.commit_version",
-                "min.shard_id",
-                "max.shard_id",
-            ]
-            nothing = [None] * log.num_rows
-            columns = [log[name].to_pylist() if name in log.column_names else nothing for name in names]
-            files = [
-                DataFile(self.uri, path, size, num or 0, version, int(commit), None if first is None else (first, last))
-                for path, size, num, version, commit, first, last in zip(*columns, strict=True)
-            ]
-            self._known = (handle.version(), files)
-        return self._known[1]
+    def _identity(self) -> tuple[int, int] | None:
+        """What tells a table from another one made later in the same folder, where storage has such a thing."""
+        local = artifacts.local_path(self.uri)
+        if local is not None:
+            with suppress(OSError):
+                status = os.stat(local / "_delta_log")
+                return status.st_dev, status.st_ino
+        return None
 
-    def _try(self, handle: DeltaTable, actions: Sequence[AddAction | RemoveAction]) -> bool:
-        """Commit as the version after the handle's; False if another writer was faster."""
+    def _try(self, actions: Sequence[AddAction | RemoveAction]) -> bool:
+        """Commit as the version after the handle's; False if another writer was faster. The caller holds the lock."""
+        assert self._handle is not None
+        version = self._log.version
         try:
-            handle.create_write_transaction(
+            self._handle.create_write_transaction(
                 list(actions),
                 mode="append",
                 schema=Schema.from_arrow(SCHEMA),
@@ -206,21 +234,24 @@ class EmbeddingTable:
                 commit_properties=CommitProperties(max_commit_retries=0),
             )
         except CommitFailedError:
-            if self.version == handle.version():
+            if self._newest().version == version:
                 raise  # not a faster writer: the storage itself refused
-            time.sleep(random.uniform(0, 0.05))
             return False
+        log = artifacts.local_path(f"{self.uri}/_delta_log")
+        if log is not None:  # delta-rs leaves this to the system; what a commit names may be deleted elsewhere soon
+            artifacts.sync(log / f"{version + 1:020d}.json")
+            artifacts.sync(log)
         return True
 
     def _too_busy(self) -> ArtifactError:
         text = f"{MAX_ATTEMPTS} commits in a row lost against other writers. Stop one of the jobs."
         return ArtifactError(f"{self.uri}: {text}")
 
-    def _missing(self, handle: DeltaTable, fragments: Sequence[Fragment]) -> list[Fragment]:
+    def _missing(self, log: LogState, fragments: Sequence[Fragment]) -> list[Fragment]:
         missing = []
         present = {
-            version: self._contains(
-                handle, version, {shard for f in fragments if f.encoder_version == version for shard in f.shard_ids}
+            version: log.contains(
+                version, {shard for f in fragments if f.encoder_version == version for shard in f.shard_ids}
             )
             for version in {fragment.encoder_version for fragment in fragments}
         }
@@ -234,92 +265,11 @@ class EmbeddingTable:
                 )
         return missing
 
-    def _contains(self, handle: DeltaTable, encoder_version: str, shard_ids: set[str]) -> set[str]:
-        found: set[str] = set()
-        if shard_ids:
-            first, last = min(shard_ids), max(shard_ids)
-            for file in self._files(handle):
-                may_hold = file.shard_range is None or (file.shard_range[0] <= last and first <= file.shard_range[1])
-                if file.encoder_version == encoder_version and may_hold:
-                    found |= shard_ids & self._shards(file)
-        return found
 
-    def _shards(self, file: DataFile) -> frozenset[str]:
-        """The file's marks; footers are read once (files never change)."""
-        if file.batch_shard is not None:
-            return frozenset([file.batch_shard])
-        if file.path not in self._marks:
-            self._marks[file.path] = file.shards()
-        return self._marks[file.path]
-
-
-def current_row_numbers(rows: pa.Table, *, deleted: bool = False) -> np.ndarray:
-    """The rule of this module: (m,) int64 ascending numbers of the current rows among `rows`.
-
-    Args:
-        rows: columns item_id, content_at, commit_version, shard_id, deleted of one encoder version.
-        deleted: keep items whose last row is a deletion, too.
-    """
-    if not rows.num_rows:
-        return np.empty(0, np.int64)
-    items = _codes(rows["item_id"])
-    order = np.lexsort((_ranks(rows["shard_id"]), rows["commit_version"].to_numpy(), times(rows["content_at"]), items))
-    ordered = items[order]
-    last = np.append(ordered[1:] != ordered[:-1], True)
-    winners = np.sort(order[last])
-    return winners if deleted else winners[~rows["deleted"].to_numpy()[winners]]
-
-
-def times(column: pa.ChunkedArray) -> np.ndarray:
-    """(N,) int64 microseconds of a time column; NO_TIME for null."""
-    return pc.fill_null(pc.cast(column, pa.int64()), NO_TIME).to_numpy()
-
-
-def _codes(column: pa.ChunkedArray) -> np.ndarray:
-    return _dictionary(column).indices.to_numpy()
-
-
-def _ranks(column: pa.ChunkedArray) -> np.ndarray:
-    encoded = _dictionary(column)
-    ranks = np.empty(len(encoded.dictionary), np.int64)
-    ranks[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(ranks))
-    return ranks[encoded.indices.to_numpy()]
-
-
-def _dictionary(column: pa.ChunkedArray) -> pa.DictionaryArray:
-    return pc.dictionary_encode(pa.concat_arrays([chunk.cast(pa.large_string()) for chunk in column.chunks]))
-
-
-def _add_action(fragment: Fragment, version: int, data_change: bool = True) -> AddAction:
-    stats: dict[str, object] = {"numRecords": fragment.num_rows}
-    if fragment.shard_ids:
-        stats |= {
-            "minValues": {"shard_id": min(fragment.shard_ids)},
-            "maxValues": {"shard_id": max(fragment.shard_ids)},
-        }
-    return AddAction(
-        path=fragment.path,
-        size=fragment.num_bytes,
-        partition_values=_partition_values(fragment.encoder_version, version),
-        modification_time=int(time.time() * 1000),
-        data_change=data_change,
-        stats=json.dumps(stats),
-    )
-
-
-def _remove_action(file: DataFile) -> RemoveAction:
-    return RemoveAction(
-        path=file.path,
-        data_change=False,
-        deletion_timestamp=int(time.time() * 1000),
-        size=file.num_bytes,
-        partition_values=_partition_values(file.encoder_version, file.commit_version),
-    )
-
-
-def _partition_values(encoder_version: str, commit_version: int) -> dict[str, str | None]:
-    return {"encoder_version": encoder_version, "commit_version": str(commit_version)}
-
-
-def _is_realtime(file: DataFile) -> bool:
-    return file.path.rpartition("/")[2].startswith("realtime-")
+def retention_settings(retention: timedelta) -> dict[str, str]:
+    """Delta's table properties for keeping commits and the names of replaced files this long, in whole hours."""
+    hours = -(-retention // timedelta(hours=1))
+    return {
+        "delta.logRetentionDuration": f"interval {hours} hours",
+        "delta.deletedFileRetentionDuration": f"interval {hours} hours",
+    }

@@ -96,7 +96,7 @@ def append_segment(window: str, rows: pa.Table, *, encoder_version: str) -> str:
     artifacts.write_bytes(_segment_uri(window, encoder_version, segment_id), sink.getvalue().to_pybytes())
     folder = artifacts.local_path(f"{window}/{encoder_version}")
     if folder is not None:
-        _sync_folder(str(folder))
+        artifacts.sync(folder)
     return segment_id
 
 
@@ -222,12 +222,3 @@ def _new_name() -> str:
     with _name_lock:
         _last_name = max(time.time_ns(), _last_name + 1)
         return f"{_last_name:020d}-{uuid.uuid4().hex[:8]}"
-
-
-def _sync_folder(folder: str) -> None:
-    """Make the rename itself durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
