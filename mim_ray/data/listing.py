@@ -18,8 +18,7 @@ from deltalake.exceptions import DeltaError
 
 from mim_ray import artifacts
 from mim_ray.data.schema import TABLES
-from mim_ray.data.sources import cut, is_delta, validate_schema
-from mim_ray.data.sources import Shard as Shard
+from mim_ray.data.sources import Shard, cut, is_delta, validate_schema
 from mim_ray.errors import DataError
 
 
@@ -42,13 +41,14 @@ class Listing:
 
     Attributes:
         identity: differs when the table was dropped and made again. version: Delta version, None of plain Parquet.
-        files: by path, as `Shard.source` says it.
+        committed_at: when that version was committed, microseconds. files: by path, as `Shard.source` says it.
     """
 
     uri: str
     name: str
     identity: str
     version: int | None
+    committed_at: int | None
     files: Mapping[str, ListedFile]
     dataset: ds.Dataset
 
@@ -88,11 +88,12 @@ def _delta(uri: str, name: str) -> Listing:
         unquote(path): ListedFile("", 1_000 * at)
         for path, at in zip(log["path"].to_pylist(), milliseconds, strict=True)
     }
+    committed_at = 1_000 * int(table.history(1)[0]["timestamp"])
     try:
         dataset = table.to_pyarrow_dataset(filesystem=artifacts.folder_filesystem(uri))
     except DeltaError as error:
         raise DataError(f"{uri} cannot be read ({error}). Write it without that Delta feature.") from None
-    return Listing(uri, name, str(table.metadata().id), table.version(), files, dataset)
+    return Listing(uri, name, str(table.metadata().id), table.version(), committed_at, files, dataset)
 
 
 def _parquet(uri: str, name: str) -> Listing:
@@ -100,4 +101,4 @@ def _parquet(uri: str, name: str) -> Listing:
     dataset = ds.dataset(path, filesystem=filesystem, format="parquet", partitioning="hive")
     infos = filesystem.get_file_info(list(dataset.files))
     files = {info.path: ListedFile(f"{info.size}-{info.mtime_ns}", info.mtime_ns // 1_000) for info in infos}
-    return Listing(uri, name, "parquet", None, files, dataset)
+    return Listing(uri, name, "parquet", None, None, files, dataset)

@@ -80,6 +80,7 @@ class CatalogueState:
         catalogue, identity, version: as data.listing says them. settings: hash of what else decides embeddings.
         listed_at: when the catalogue was listed (microseconds): what it says since then changed after that.
         table_version: of the embedding table; an older table is not the one that this state belongs to.
+        num_rows: of the catalogue, with an id.
     """
 
     catalogue: str
@@ -88,6 +89,7 @@ class CatalogueState:
     settings: str
     listed_at: int
     table_version: int
+    num_rows: int
     files: Mapping[str, SeenFile] = field(default_factory=dict)
 
     @property

@@ -25,7 +25,7 @@ from mim_ray.data.sources import require_table
 from mim_ray.data.transforms import PictureFormat
 from mim_ray.errors import ArtifactError
 from mim_ray.extraction.embed import Embedder, Encode, load_encoder
-from mim_ray.extraction.plan import plan, without
+from mim_ray.extraction.plan import Unit, plan, without
 from mim_ray.extraction.read import Decoding, ItemShards
 from mim_ray.extraction.write import STAGE, Committer, OpenShards, read_rejects_of, write_pieces
 from mim_ray.representation_center.build import build_snapshot
@@ -128,27 +128,16 @@ def extract(
     found = table.committed_shards(encoder_version) & shards.keys()
     left = without(units, found)
     num_left = sum(unit.num_rows for unit in left)
-    if left:
-        open_shards = OpenShards(shards)
-        files = _files(left, table, encoder, encoder_version, decoding, settings, rejects, load)
-        try:
-            with (
-                Committer(table, settings.commit_every_s) as committer,
-                Progress("extraction", total=num_left, unit="items") as progress,
-            ):
-                for batch in files.iter_batches(batch_size=None, batch_format="pyarrow"):
-                    for row in pa.table(batch).to_pylist():
-                        fragment = Fragment(**json.loads(row["fragment"]))
-                        committer.add(open_shards.add(row["shard_id"], row["rows"], fragment))
-                        progress.add(len(row["rows"]))
-        except Exception as error:  # Ray wraps what its workers raise; tell the user's own mistake plainly
-            known = user_error(error)
-            if known is None:
-                raise
-            raise known from None
-        lost = len(shards.keys() - table.committed_shards(encoder_version))
-        if lost:
-            raise ArtifactError(f"{lost} shards of {items} did not reach {table.uri}. Run the extraction again.")
+    encode_units(
+        left,
+        table,
+        encoder=encoder,
+        encoder_version=encoder_version,
+        decoding=decoding,
+        settings=settings,
+        rejects=rejects,
+        load=load,
+    )
     return Extracted(
         num_rows=sum(shards.values()),
         num_shards=len(shards),
@@ -157,6 +146,47 @@ def extract(
         seconds=time.monotonic() - start,
         rejects=read_rejects_of(shards, table=table, rejects=rejects, encoder_version=encoder_version),
     )
+
+
+def encode_units(
+    units: list[Unit],
+    table: EmbeddingTable,
+    *,
+    encoder: str,
+    encoder_version: str,
+    decoding: Decoding,
+    settings: Extraction,
+    rejects: str,
+    load: Callable[[str, bool], Encode],
+) -> None:
+    """Bring the units' shards into the table; see `extract`.
+
+    Raises:
+        ArtifactError: some of them did not get there.
+    """
+    if not units:
+        return
+    shards = {piece.shard_id: piece.stop - piece.start for unit in units for piece in unit.slices}
+    open_shards = OpenShards(shards)
+    files = _files(units, table, encoder, encoder_version, decoding, settings, rejects, load)
+    try:
+        with (
+            Committer(table, settings.commit_every_s) as committer,
+            Progress("extraction", total=sum(shards.values()), unit="items") as progress,
+        ):
+            for batch in files.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for row in pa.table(batch).to_pylist():
+                    fragment = Fragment(**json.loads(row["fragment"]))
+                    committer.add(open_shards.add(row["shard_id"], row["rows"], fragment))
+                    progress.add(len(row["rows"]))
+    except Exception as error:  # Ray wraps what its workers raise; tell the user's own mistake plainly
+        known = user_error(error)
+        if known is None:
+            raise
+        raise known from None
+    lost = len(shards.keys() - table.contains(encoder_version, shards))
+    if lost:
+        raise ArtifactError(f"{lost} shards did not reach {table.uri}. Run it again.")
 
 
 def _files(
@@ -170,7 +200,7 @@ def _files(
     load: Callable[[str, bool], Encode],
 ) -> ray.data.Dataset:
     """The pipeline up to the written files, as a lazy dataset."""
-    actor_cpus, task_cpus = _cpu_shares(settings)
+    actor_cpus, task_cpus = cpu_shares(settings)
     prepared = ray.data.read_datasource(
         ItemShards(units, decoding, settings.batch_size), override_num_blocks=len(units), num_cpus=task_cpus
     )
@@ -192,7 +222,7 @@ def _files(
     )
 
 
-def _cpu_shares(settings: Extraction) -> tuple[float, float]:
+def cpu_shares(settings: Extraction) -> tuple[float, float]:
     """CPUs of an actor and of a decoding task: as configured, less where a machine is too small for both at once."""
     total = ray.cluster_resources().get("CPU", 0.0)
     wanted = settings.num_actors * settings.cpus_per_actor

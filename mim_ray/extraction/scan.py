@@ -14,8 +14,8 @@ from mim_ray.data.ids import hash_ids
 from mim_ray.data.image_files import ImageFiles
 from mim_ray.data.sources import Shard
 from mim_ray.data.transforms import BadImage, clean_title, content_hash
-from mim_ray.extraction.read import COLUMNS, Decoding
 from mim_ray.extraction.catalogue_state import Records, contained
+from mim_ray.extraction.read import COLUMNS, Decoding
 from mim_ray.representation_center.table import times
 
 MAX_CARRIED_BYTES = 32 * 2**20

@@ -1,6 +1,6 @@
 """Encoder actors that stay alive between rounds, for a few thousand items at a time: no start, no model load, no plan.
 
-    prepare tasks (read and decode, any CPU) -> encoder actors (fixed pool) -> the driver, in order
+prepare tasks (read and decode, any CPU) -> encoder actors (fixed pool) -> the driver, in order
 """
 
 from __future__ import annotations

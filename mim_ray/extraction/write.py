@@ -34,7 +34,7 @@ def write_pieces(batch: pa.Table, *, table: str, rejects: str, encoder_version: 
         rows = batch.filter(pc.equal(batch["shard_id"], shard_id))
         good = rows.filter(pc.is_null(rows["drop_reason"])).select(TABLE_COLUMNS)
         fragment = write_fragment(table, good, encoder_version=encoder_version, shard_id=shard_id)
-        unusable = _unusable(rows)
+        unusable = unusable_rows(rows)
         if unusable.num_rows:
             sink = pa.BufferOutputStream()
             pq.write_table(unusable, sink)
@@ -130,18 +130,18 @@ class Committer:
                 return
 
 
-def _unusable(rows: pa.Table) -> pa.Table:
+def unusable_rows(rows: pa.Table) -> pa.Table:
     found = []
     for row in rows.select(["item_id", "row", "image_reason", "image_detail", "drop_reason"]).to_pylist():
         key = row["item_id"] or f"row {row['row']}"
         if row["image_reason"] is not None:
             found.append((key, row["image_reason"], row["image_detail"] or ""))
         if row["drop_reason"] is not None:
-            found.append((key, row["drop_reason"], _DETAILS[row["drop_reason"]]))
+            found.append((key, row["drop_reason"], DETAILS[row["drop_reason"]]))
     return reject_rows(STAGE, "items", found)
 
 
-_DETAILS = {
+DETAILS = {
     "no item id": "the row has no item_id",
     "duplicate item id": "the first row with this id is used",
     "no content": "neither a usable image nor a title, so there is nothing to embed",

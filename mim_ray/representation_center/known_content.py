@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 
 from mim_ray import artifacts
 from mim_ray.data.ids import Ids, hash_ids
-from mim_ray.representation_center.data_files import DataFile
+from mim_ray.representation_center.current_rows import current_row_numbers, times
+from mim_ray.representation_center.data_files import SCHEMA, DataFile
 from mim_ray.representation_center.key_index import KeyIndex, build_key_index, string_array
 from mim_ray.representation_center.snapshot import NO_TIME, Snapshot
-from mim_ray.representation_center.table import EmbeddingTable, current_row_numbers, times
+from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import WindowTail
 
 _COLUMNS = ["item_id", "content_hash", "content_at", "commit_version", "shard_id", "deleted"]
@@ -43,10 +44,11 @@ class KnownContent:
     """Content of the current rows of an encoder version: those of the table when it was opened, and window segments since.
 
     Args:
-        snapshot: shown rows; None: the newest one of `line`, if there is any.
+        line: of the encoder version's snapshots; there may be none yet.
     """
 
     def __init__(self, table: EmbeddingTable, window: str, encoder_version: str, *, line: str) -> None:
+        self.encoder_version = encoder_version
         self._tail = WindowTail(window, encoder_version)
         self._newer: dict[str, tuple[int, str | None]] = {}
         self.refresh()  # before the table is read: a segment that is folded in between is seen in either
@@ -154,7 +156,7 @@ class _Rows:
     @classmethod
     def after(cls, table: EmbeddingTable, encoder_version: str, snapshot: Snapshot | None) -> _Rows:
         """The table's rows that the snapshot does not show."""
-        nothing = DataFile.read_schema(_COLUMNS).empty_table()
+        nothing = pa.schema([SCHEMA.field(name) for name in _COLUMNS]).empty_table()
         if not table.exists():
             return cls(nothing)
         after = -1 if snapshot is None else snapshot.delta_version

@@ -28,11 +28,11 @@ from mim_ray.config.scenario import Data, Serving
 from mim_ray.data.transforms import BadImage, clean_title, content_hash, decode_image
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.errors import ArtifactError, RequestError
+from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import append_segment, fold, segment_rows
-from mim_ray.serving.known_content import KnownContent
 from mim_ray.serving.limits import check_exposure, guarded
 from mim_ray.serving.messages import EncodedItem, Health, NewItem, NewItemsRequest, NewItemsResponse, Problem, Ready
 from mim_ray.serving.served import Served
@@ -74,7 +74,12 @@ class NewItemEncoder:
         self._encoder = encoder
         self._window = f"{center}/window"
         self._limits = limits
-        self._known = KnownContent(EmbeddingTable(f"{center}/table"), self._window, self.encoder_version)
+        self._known = KnownContent(
+            EmbeddingTable(f"{center}/table"),
+            self._window,
+            self.encoder_version,
+            line=f"{center}/snapshots/{self.encoder_version}",
+        )
         self._lock = threading.Lock()  # one request at a time looks up, encodes and stores
 
     def encode(self, request: NewItemsRequest) -> NewItemsResponse:
