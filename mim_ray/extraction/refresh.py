@@ -14,16 +14,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
 
 from mim_ray import artifacts
-from mim_ray.config.scenario import Extraction, Refresh
+from mim_ray.config.scenario import Extraction, Refresh, Scenario
 from mim_ray.data.ids import hash_ids
 from mim_ray.data.listing import Listing, list_table, table_version
 from mim_ray.data.rejects import read_rejects, reject_rows, write_rejects
+from mim_ray.data.sources import require_table
 from mim_ray.errors import DataError
 from mim_ray.extraction.catalogue_state import CatalogueState, PackWriter, StateStore, contained
 from mim_ray.extraction.changes import Changes, find_changes
@@ -31,7 +33,7 @@ from mim_ray.extraction.embed import Encode, load_encoder
 from mim_ray.extraction.few import Encoded, deletion_table, encode_few
 from mim_ray.extraction.many import encode_many
 from mim_ray.extraction.read import Decoding
-from mim_ray.extraction.run import cpu_shares
+from mim_ray.extraction.run import cpu_shares, decoding_of, describe_encoder
 from mim_ray.extraction.warm_pool import WarmPool
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.data_files import write_fragment
@@ -73,6 +75,27 @@ class Round:
         return bool(self.new or self.changed or self.deleted)
 
 
+def open_refresher(scenario: Scenario, *, data_root: str, encoder: str, center: str, rejects: str) -> Refresher:
+    """The refresher of a scenario's run, for the encoder saved at `encoder`.
+
+    Raises:
+        DataError: there is no items table. ArtifactError: there is no usable encoder.
+    """
+    version, picture = describe_encoder(encoder)
+    settings = scenario.extraction
+    return Refresher(
+        require_table(data_root, "items"),
+        center,
+        encoder=encoder,
+        encoder_version=version,
+        decoding=decoding_of(scenario.data, data_root, picture),
+        settings=settings,
+        refresh=scenario.refresh,
+        rejects=rejects,
+        load=partial(load_encoder, precision=settings.precision, compile=settings.compile),
+    )
+
+
 class Refresher:
     """Refreshes one encoder version in one representation center. Ray must be running.
 
@@ -97,8 +120,9 @@ class Refresher:
         rejects: str,
         load: Callable[[str, bool], Encode] = load_encoder,
     ) -> None:
-        self._items, self._center = items, center
-        self._encoder, self._version, self._decoding, self._load = encoder, encoder_version, decoding, load
+        self.items, self._center = items, center
+        self.encoder_version, self._encoder, self._load = encoder_version, encoder, load
+        self._decoding = decoding
         self._settings, self._refresh, self._rejects = settings, refresh, rejects
         self.table = EmbeddingTable(f"{center}/table")
         self.line = f"{center}/snapshots/{encoder_version}"
@@ -138,7 +162,7 @@ class Refresher:
         state, notes = self._usable_state(full)
         done = Round()
         if state is None or not self._is_same(state):
-            listing = list_table(self._items, "items")
+            listing = list_table(self.items, "items")
             done = self._apply(listing, state, now)
         else:
             done = Round(unchanged=state.num_rows)
@@ -153,7 +177,7 @@ class Refresher:
             return None, ("No refresh before: the whole catalogue is compared with the table.",)
         if full:
             return None, ("The whole catalogue is compared with the table, as asked for.",)
-        if state.catalogue != self._items:
+        if state.catalogue != self.items:
             return None, (f"The catalogue was {state.catalogue}: all of the new one is compared with the table.",)
         if state.settings != self._identity:
             return None, ("Settings that decide embeddings changed: the whole catalogue is compared with the table.",)
@@ -163,13 +187,13 @@ class Refresher:
 
     def _is_same(self, state: CatalogueState) -> bool:
         """Whether the catalogue is a Delta table that has no new version."""
-        return table_version(self._items) == (state.identity, state.version)
+        return table_version(self.items) == (state.identity, state.version)
 
     def _apply(self, listing: Listing, state: CatalogueState | None, now: int) -> Round:
         if state is not None and state.identity != listing.identity:
             state = None  # dropped and made again under the same name
         self._snapshot(only_first=True)  # so that what is known is mapped, not loaded
-        known = KnownContent(self.table, f"{self._center}/window", self._version, line=self.line)
+        known = KnownContent(self.table, f"{self._center}/window", self.encoder_version, line=self.line)
         earlier = read_rejects(self._rejects, STAGE)
         pack = PackWriter(self._store)
         _, task_cpus = cpu_shares(self._settings)
@@ -191,7 +215,7 @@ class Refresher:
         rejects = reject_rows(STAGE, "items", [*changes.rejects, *encoded.rejects])
         self._write_rejects(earlier if state is not None else earlier.slice(0, 0), rejects, changes)
         self._state = CatalogueState(
-            catalogue=self._items,
+            catalogue=self.items,
             identity=listing.identity,
             version=listing.version,
             settings=self._identity,
@@ -219,7 +243,7 @@ class Refresher:
         shown = known.snapshot.num_rows if known.snapshot is not None else 0
         if gone > max(MANY_DELETIONS, self._refresh.max_deleted_ratio * shown):
             raise DataError(
-                f"{self._items} lacks {gone:,} of {shown:,} known items, more than refresh.max_deleted_ratio = "
+                f"{self.items} lacks {gone:,} of {shown:,} known items, more than refresh.max_deleted_ratio = "
                 f"{self._refresh.max_deleted_ratio}. Nothing was changed. If they are really gone, run it once with "
                 "refresh.max_deleted_ratio=1."
             )
@@ -234,10 +258,10 @@ class Refresher:
                 known,
                 self.table,
                 encoder=self._encoder,
-                encoder_version=self._version,
+                encoder_version=self.encoder_version,
                 decoding=self._decoding,
                 settings=self._settings,
-                rejects=f"{self._center}/rejects/{self._version}",
+                rejects=f"{self._center}/rejects/{self.encoder_version}",
                 load=self._load,
             )
         else:
@@ -256,8 +280,8 @@ class Refresher:
     def _commit(self, rows: pa.Table) -> None:
         """One commit, under an id that follows from the rows: a round made again adds nothing twice."""
         keys = rows.select(["item_id", "content_hash", "content_at", "deleted"]).sort_by("item_id")
-        shard_id = artifacts.fingerprint(self._version, [str(column.to_pylist()) for column in keys.columns])
-        fragment = write_fragment(self.table.uri, rows, encoder_version=self._version, shard_id=shard_id)
+        shard_id = artifacts.fingerprint(self.encoder_version, [str(column.to_pylist()) for column in keys.columns])
+        fragment = write_fragment(self.table.uri, rows, encoder_version=self.encoder_version, shard_id=shard_id)
         self._lease.check()
         self.table.commit([fragment])
 
@@ -280,14 +304,14 @@ class Refresher:
         after = -1 if current is None else int(artifacts.read_json(f"{self.line}/{POINTER}")["delta_version"])
         if current is not None and only_first:
             return current, False
-        _, files = self.table.scan(self._version, newer_than=after)
+        _, files = self.table.scan(self.encoder_version, newer_than=after)
         early = current is not None and time.monotonic() - self._built_at < self._refresh.snapshot_every_s
         if early or not any(file.num_rows for file in files):
             return current, False
         self._lease.check()
         settings = self._settings
         built = build_snapshot(
-            self.table, self._version, self.line, dtype=settings.snapshot_dtype, keep=settings.snapshot_keep
+            self.table, self.encoder_version, self.line, dtype=settings.snapshot_dtype, keep=settings.snapshot_keep
         )
         self._built_at = time.monotonic()
         return built.snapshot_id, True

@@ -5,8 +5,9 @@ Libraries are imported when the command line has been read, so that `--help` and
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mim_ray.config import Scenario, scenario_from_cli
 from mim_ray.errors import MimRayError
@@ -35,11 +36,13 @@ def run_all_main(doc: str | None, argv: Sequence[str] | None = None) -> None:
     _run(doc, job, argv)
 
 
-def _run(doc: str | None, job: Callable[[Scenario], None], argv: Sequence[str] | None) -> None:
+@contextlib.contextmanager
+def told(stopped: str) -> Iterator[None]:
+    """A user's mistake in the block is a sentence and exit status 2; Ctrl-C says `stopped`."""
     try:
-        job(scenario_from_cli(doc, argv))
+        yield
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on after the last finished stage.", file=sys.stderr)
+        print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
     except MimRayError as error:
         _tell(error)
@@ -50,6 +53,11 @@ def _run(doc: str | None, job: Callable[[Scenario], None], argv: Sequence[str] |
         if cause is None:
             raise
         _tell(cause)
+
+
+def _run(doc: str | None, job: Callable[[Scenario], None], argv: Sequence[str] | None) -> None:
+    with told("Stopped. The same command goes on after the last finished stage."):
+        job(scenario_from_cli(doc, argv))
 
 
 def _tell(error: MimRayError) -> None:
