@@ -14,6 +14,7 @@ so it stays; and it stays when its content is newer than the deletion.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,7 @@ from mim_ray.runtime.progress import Progress
 
 SCAN_ROWS = 50_000  # looked at by one task
 MAX_PAIRS = 16_000_000  # 128 MB for each node; when more rows were replaced, all of them are compared with the table
+SHOWN_ROWS = 200_000  # a shorter comparison shows no progress
 MAX_CLOCK_SKEW_US = 300_000_000
 
 
@@ -130,7 +132,11 @@ def find_changes(
     starts: dict[str, int] = {}
     read_again = 0
     if shards:
-        with Progress("compare", total=sum(shard.num_rows for shard in shards), unit="rows") as progress:
+        with contextlib.ExitStack() as stack:
+            total = sum(shard.num_rows for shard in shards)
+            progress = Progress("compare", total=total, unit="rows")
+            if total > SHOWN_ROWS:
+                stack.enter_context(progress)
             for shard, scanned, carried in _scans(shards, pairs, decoding, warm_rows, scan_cpus):
                 pieces.append(pack.add(scanned.records))
                 found.void_rejects.append(rejected[np.isin(rejected, hash_ids(scanned.ids))])
@@ -141,7 +147,8 @@ def find_changes(
                         replace(change, details=None, carried=None) for change in found.changes[read_again:]
                     ]
                     read_again = len(found.changes)
-                progress.add(scanned.num_rows)
+                if total > SHOWN_ROWS:
+                    progress.add(scanned.num_rows)
     pack.close()
     for path in fresh:
         own = tuple(piece for shard, piece in zip(shards, pieces, strict=True) if shard.source == path)
