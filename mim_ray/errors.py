@@ -5,8 +5,10 @@
     ├── DataError              a table or file cannot be used as a whole (single bad rows go to `rejects` instead)
     ├── ArtifactError          what a stage left is missing, damaged or of another architecture
     │   └── VersionMismatchError   embeddings and model belong to different encoder versions
+    ├── StorageError           an object store cannot be reached, refuses, or lacks what commits need
     ├── TrainingError          training cannot go on
     │   └── NonFiniteLossError     the loss became NaN or infinite; the optimizer did not move
+    ├── UnavailableError       parameter machines did not answer in time
     └── RequestError           an HTTP request that cannot be answered (carries the 4xx status)
 
 Each carries one sentence that names what is wrong, the value met, where it came from, and what to do. All of them survive
@@ -36,12 +38,20 @@ class VersionMismatchError(ArtifactError):
     """Two artifacts name different encoder versions."""
 
 
+class StorageError(MimRayError, OSError):
+    """An object store cannot be reached, refuses, or lacks what commits need; nothing is wrong with what is stored."""
+
+
 class TrainingError(MimRayError, RuntimeError):
     """Training cannot go on."""
 
 
 class NonFiniteLossError(TrainingError):
     """The loss is NaN or infinite; raised before the optimizer moves."""
+
+
+class UnavailableError(MimRayError, TimeoutError):
+    """What should answer is away; the same question may be answered a moment later."""
 
 
 class RequestError(MimRayError, ValueError):

@@ -6,7 +6,6 @@ All vectorised, nothing kept per id beyond what is said: no Python dict of all i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -16,13 +15,23 @@ import pyarrow.compute as pc
 Ids: TypeAlias = pa.Array | pa.ChunkedArray | Sequence[str | None]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_MASKS = np.array([2 ** (8 * length) - 1 for length in range(9)], np.uint64)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64: a bijection of uint64 whose output bits look independent of the input's."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> _SHIFTS[0])
+    x *= _FACTORS[0]
+    x ^= x >> _SHIFTS[1]
+    x *= _FACTORS[1]
+    x ^= x >> _SHIFTS[2]
+    return x
+
+
+_LENGTH_HASHES = mix(np.arange(256, dtype=np.uint64) * _GAMMA + np.uint64(1))
+"""What the hash of an id of each length begins with."""
 
 
 def random_bits(seed: int, stream: int, counters: np.ndarray) -> np.ndarray:
@@ -42,18 +51,17 @@ def normal(seed: int, stream: int, counters: np.ndarray) -> np.ndarray:
     return radius * np.cos(2.0 * np.pi * uniform(seed, stream + 2**20, counters))
 
 
-@dataclass(frozen=True)
 class IdBytes:
-    """UTF-8 bytes of ids, ready to be read eight at a time.
+    """UTF-8 bytes of ids, read eight at a time: entry p of `data` is the bytes p to p + 7 as a little-endian number.
 
     Attributes:
-        starts, lengths: (n,) int64, in bytes. words: uint64 little-endian, entry p being the bytes p to p + 7; what follows
-            the last id is zero.
+        starts, lengths: (n,) int64, in bytes. shortest, longest: extremes of the lengths, 0 without ids.
     """
 
-    starts: np.ndarray
-    lengths: np.ndarray
-    words: np.ndarray
+    def __init__(self, starts: np.ndarray, lengths: np.ndarray, data: np.ndarray) -> None:
+        self.starts, self.lengths, self._data = starts, lengths, data
+        self.shortest, self.longest = (int(lengths.min()), int(lengths.max())) if len(lengths) else (0, 0)
+        self._words: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -71,32 +79,46 @@ class IdBytes:
         padded[end - first :] = 0
         if end > first:
             padded[:-8] = np.frombuffer(data, np.uint8, end - first, first)
-        return cls(bounds[:-1] - first, np.diff(bounds), words_of(padded))
+        starts = bounds[:-1] - first if first else bounds[:-1]
+        return cls(starts, np.diff(bounds), np.ndarray((end - first + 1,), "<u8", padded.data, strides=(1,)))
+
+    def words(self, number: int, where: np.ndarray | None = None) -> np.ndarray:
+        """uint64 of bytes 8 · number to 8 · number + 7 of each id, zero bytes behind its end.
+
+        Args:
+            where: positions of the ids that are asked for; None: all. All of them are longer than 8 · number.
+        """
+        if where is None and number in self._words:
+            return self._words[number]
+        starts = self.starts if where is None else self.starts[where]
+        words: np.ndarray = self._data[starts + 8 * number if number else starts]
+        if self.shortest < 8 * number + 8:
+            words &= tail_masks(self.lengths if where is None else self.lengths[where], number)
+        if where is None:
+            self._words[number] = words
+        return words
 
 
-def words_of(data: np.ndarray) -> np.ndarray:
-    """The 8 bytes from each position on as little-endian uint64: (len - 7,), a view of the uint8 array."""
-    return np.ndarray((max(len(data) - 7, 0),), "<u8", data.data if len(data) else None, strides=(1,))
+def tail_masks(lengths: np.ndarray, number: int) -> np.ndarray:
+    """(n,) uint64 with ones where word `number` of an id of each length has bytes."""
+    return _MASKS.take(lengths - 8 * number, mode="clip")
 
 
 def hash_ids(ids: Ids | IdBytes) -> np.ndarray:
     """(n,) uint64 hash of each id's UTF-8 bytes; stable over processes and machines. A null hashes like an empty id."""
     keys = ids if isinstance(ids, IdBytes) else IdBytes.of(ids)
-    hashes = mix(keys.lengths.astype(np.uint64) * _GAMMA + np.uint64(1))
-    position = 0
-    active = np.flatnonzero(keys.lengths)
-    while len(active):
-        everyone = len(active) == len(keys)  # saves an indirection where all ids are this long
-        starts, lengths = (keys.starts, keys.lengths) if everyone else (keys.starts[active], keys.lengths[active])
-        unused = np.maximum(position + 8 - lengths, 0).astype(np.uint64) << np.uint64(3)  # bits beyond the id's end
-        word = (keys.words[starts + position] << unused) >> unused
-        mixed = mix((hashes if everyone else hashes[active]) ^ word) + _GAMMA
-        if everyone:
-            hashes = mixed
+    if keys.longest < len(_LENGTH_HASHES):
+        hashes = _LENGTH_HASHES.take(keys.lengths)
+    else:
+        hashes = mix(keys.lengths.astype(np.uint64) * _GAMMA + np.uint64(1))
+    for number in range(-(-keys.longest // 8)):
+        if 8 * number < keys.shortest:
+            hashes ^= keys.words(number)
+            hashes = mix(hashes)
+            hashes += _GAMMA
         else:
-            hashes[active] = mixed
-        position += 8
-        active = active[lengths > position]
+            where = np.flatnonzero(keys.lengths > 8 * number)
+            hashes[where] = mix(hashes[where] ^ keys.words(number, where)) + _GAMMA
     return hashes
 
 
@@ -151,4 +173,4 @@ def _strings(ids: Ids) -> pa.Array:
             ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.array([], pa.large_string())
     elif not isinstance(ids, pa.Array):
         ids = pa.array(ids, pa.large_string())
-    return ids.cast(pa.large_string())
+    return ids if ids.type == pa.large_string() else ids.cast(pa.large_string())

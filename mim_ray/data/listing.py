@@ -20,6 +20,7 @@ from mim_ray import artifacts
 from mim_ray.data.schema import TABLES
 from mim_ray.data.sources import Shard, cut, is_delta, validate_schema
 from mim_ray.errors import DataError
+from mim_ray.object_store import delta_options
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class Listing:
 
     def shards(self, files: set[str], rows: int) -> list[Shard]:
         """Those files in slices of about `rows` rows."""
-        return cut(self.dataset, self.name, rows=rows, files=files)
+        return list(cut(self.dataset, self.name, rows=rows, files=files))
 
 
 def table_version(uri: str) -> tuple[str, int] | None:
     """(identity, version) of a Delta table without listing its files; None of plain Parquet."""
     if not is_delta(uri):
         return None
-    table = deltalake.DeltaTable(uri)
+    table = deltalake.DeltaTable(uri, storage_options=delta_options(uri))
     return str(table.metadata().id), table.version()
 
 
@@ -74,14 +75,14 @@ def list_table(uri: str, name: str) -> Listing:
         listing = _delta(uri, name) if is_delta(uri) else _parquet(uri, name)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{uri} cannot be read as Parquet ({error}). Write it again as Parquet or Delta.") from None
-    validate_schema(listing.dataset.schema, TABLES[name], uri)
     if not listing.files:
         raise DataError(f"{uri} is empty: it has no files. Fill it, or set data.root to another folder.")
+    validate_schema(listing.dataset.schema, TABLES[name], uri)
     return listing
 
 
 def _delta(uri: str, name: str) -> Listing:
-    table = deltalake.DeltaTable(uri)
+    table = deltalake.DeltaTable(uri, storage_options=delta_options(uri))
     log: Any = pa.table(table.get_add_actions(flatten=True))
     milliseconds = log["modification_time"].to_pylist()
     files = {

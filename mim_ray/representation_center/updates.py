@@ -4,21 +4,19 @@
     tail = WindowTail(window, "csft-…"); tail.poll()                       # segments that came since the last poll
     fold(window, table)                                                    # into the Delta log, each segment once
 
-`window` is the URI of center/window. A segment is one Arrow file center/window/<encoder_version>/<segment_id>.arrow with the
-columns of `WINDOW_SCHEMA`; `segment_rows` builds its rows. Segment ids sort by the time they were written. Folding commits
-the rows under their segment's id (the commit mark), then deletes the files once they are `keep_s` old, so that readers that
-tail the folder have seen them. Killed in between, the next fold finds the marks in the table and only deletes.
+`window` is the URI of center/window. A segment is one Arrow file below it (window_folder.py says where) with the columns of
+`WINDOW_SCHEMA`; `segment_rows` builds its rows. Segment ids sort by the time they were written. Folding commits the rows
+under their segment's id (the commit mark), then deletes the files once they are `keep_s` old, so that readers that tail the
+folder have seen them. Killed in between, the next fold finds the marks in the table and only deletes.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +24,8 @@ import pyarrow as pa
 from mim_ray import artifacts
 from mim_ray.data.schema import TIME
 from mim_ray.errors import ArtifactError
-from mim_ray.representation_center.data_files import Fragment, write_fragment
+from mim_ray.representation_center import window_folder
+from mim_ray.representation_center.data_files import Fragment, segment_time, write_fragment
 from mim_ray.representation_center.table import EmbeddingTable, PartlyCommittedError
 
 WINDOW_SCHEMA = pa.schema(
@@ -40,18 +39,24 @@ WINDOW_SCHEMA = pa.schema(
     ]
 )
 MAX_FOLDED_SEGMENTS = 5_000  # in one commit
-
-_last_name = 0
-_name_lock = threading.Lock()
+MAX_FOLDED_BYTES = 64 * 2**20
+READ_AT_ONCE = 64  # between two looks at MAX_FOLDED_BYTES
 
 
 @dataclass(frozen=True)
 class FoldResult:
     """What one fold did: segments and rows that entered the table, segment files deleted."""
 
-    num_segments: int
-    num_rows: int
-    num_deleted: int
+    num_segments: int = 0
+    num_rows: int = 0
+    num_deleted: int = 0
+
+    def __add__(self, other: FoldResult) -> FoldResult:
+        return FoldResult(
+            self.num_segments + other.num_segments,
+            self.num_rows + other.num_rows,
+            self.num_deleted + other.num_deleted,
+        )
 
 
 def segment_rows(
@@ -89,21 +94,22 @@ def append_segment(window: str, rows: pa.Table, *, encoder_version: str) -> str:
     """Store rows of `segment_rows` durably (fsync and rename locally, one object PUT elsewhere); the segment's id."""
     if not rows.num_rows:
         raise ValueError("A segment needs at least one row.")
-    segment_id = _new_name()
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, WINDOW_SCHEMA) as writer:
         writer.write_table(rows.select(WINDOW_SCHEMA.names))
-    artifacts.write_bytes(_segment_uri(window, encoder_version, segment_id), sink.getvalue().to_pybytes())
-    folder = artifacts.local_path(f"{window}/{encoder_version}")
-    if folder is not None:
-        artifacts.sync(folder)
+    content = sink.getvalue().to_pybytes()
+    segment_id = window_folder.new_segment_id()
+    try:
+        window_folder.write_segment(window, encoder_version, segment_id, content)
+    except FileNotFoundError:  # this process slept so long that its empty folder was deleted
+        segment_id = window_folder.new_segment_id()
+        window_folder.write_segment(window, encoder_version, segment_id, content)
     return segment_id
 
 
 def list_segments(window: str, encoder_version: str) -> list[str]:
     """Ids of the segments in the folder, oldest first."""
-    files = artifacts.list_files(f"{window}/{encoder_version}", ".arrow")
-    return sorted(file.rpartition("/")[2].removesuffix(".arrow") for file in files)
+    return list(window_folder.find_segments(window, encoder_version))
 
 
 def read_segment(window: str, encoder_version: str, segment_id: str) -> pa.Table:
@@ -111,49 +117,33 @@ def read_segment(window: str, encoder_version: str, segment_id: str) -> pa.Table
     Raises:
         ArtifactError: it is gone (folded and deleted) or damaged.
     """
-    uri = _segment_uri(window, encoder_version, segment_id)
-    content = artifacts.read_bytes(uri)
-    try:
-        return pa.ipc.open_file(pa.BufferReader(content)).read_all()
-    except pa.ArrowInvalid as error:
-        raise ArtifactError(
-            f"{uri} is damaged ({error}). Move it out of the folder and send its items to the new-item encoder again."
-        ) from None
+    return _read(window_folder.segment_uri(window, encoder_version, segment_id))
 
 
 class WindowTail:
-    """Follows one encoder version's folder. A poll that finds nothing new costs one stat locally, one listing elsewhere."""
+    """Follows one encoder version's folder. A poll lists only the ten-second folders that changed; where nothing is new it
+    costs a stat for each of them locally, one listing elsewhere."""
 
     def __init__(self, window: str, encoder_version: str) -> None:
         self.window, self.encoder_version = window, encoder_version
-        self._seen: set[str] = set()
-        self._quiet_since: int | None = None
+        self._listing = window_folder.WindowListing(window, encoder_version)
+        self._waiting: dict[str, str] = {}
 
-    def poll(self) -> list[tuple[str, pa.Table]]:
-        """(segment id, rows) of the segments that came since the last poll, oldest first."""
-        folder = artifacts.local_path(f"{self.window}/{self.encoder_version}")
-        changed_at = None
-        if folder is not None:
-            try:
-                changed_at = os.stat(folder).st_mtime_ns
-            except FileNotFoundError:
-                return []
-            if changed_at == self._quiet_since:
-                return []
-        # A file that comes within the clock tick of this listing would not change the folder's time: look again later.
-        settled = changed_at is not None and time.time_ns() - changed_at > 1_000_000_000
-        self._quiet_since = changed_at if settled else None
-        names = list_segments(self.window, self.encoder_version)
-        fresh = [name for name in names if name not in self._seen]
-        found = []
-        for name in fresh:
-            try:
-                found.append((name, read_segment(self.window, self.encoder_version, name)))
-            except ArtifactError:
-                if artifacts.exists(_segment_uri(self.window, self.encoder_version, name)):
-                    raise
-        self._seen = set(names)
-        return found
+    def poll(self, known: Collection[str] = ()) -> list[tuple[str, pa.Table]]:
+        """(segment id, rows) of the segments that came since the last poll, oldest first.
+
+        Args:
+            known: segments that the caller has already; they are left out, unread.
+
+        Raises:
+            ArtifactError: a segment is damaged, and nothing else is new. Later polls go on with those that come.
+        """
+        self._waiting |= {name: uri for name, uri in self._listing.new().items() if name not in known}
+        found, damaged, _ = _read_all(self._waiting)
+        self._waiting = {name: self._waiting[name] for name in damaged}
+        if damaged and not found:
+            raise next(iter(damaged.values()))
+        return list(found.items())
 
 
 def fold(window: str, table: EmbeddingTable, *, keep_s: float = 60.0) -> FoldResult:
@@ -163,62 +153,95 @@ def fold(window: str, table: EmbeddingTable, *, keep_s: float = 60.0) -> FoldRes
 
     Args:
         keep_s: a folded segment's file stays this long, for readers that tail the folder.
+
+    Raises:
+        ArtifactError: a segment is damaged; all others are folded.
     """
     if not artifacts.exists(window):
-        return FoldResult(0, 0, 0)
+        return FoldResult()
     table.create()
-    versions = sorted({uri[len(window) + 1 :].partition("/")[0] for uri in artifacts.list_files(window, ".arrow")})
-    results = [_fold_version(window, table, version, keep_s) for version in versions]
-    return FoldResult(
-        sum(result.num_segments for result in results),
-        sum(result.num_rows for result in results),
-        sum(result.num_deleted for result in results),
-    )
+    done = FoldResult()
+    damaged: dict[str, ArtifactError] = {}
+    for version in window_folder.encoder_versions(window):
+        done += _fold_version(window, table, version, keep_s, damaged)
+    if damaged:
+        raise next(iter(damaged.values()))
+    return done
 
 
-def _fold_version(window: str, table: EmbeddingTable, encoder_version: str, keep_s: float) -> FoldResult:
-    segments = list_segments(window, encoder_version)  # what comes during this fold waits for the next
+def _fold_version(
+    window: str, table: EmbeddingTable, encoder_version: str, keep_s: float, damaged: dict[str, ArtifactError]
+) -> FoldResult:
+    segments = window_folder.find_segments(window, encoder_version)  # what comes during this fold waits for the next
+    folded = table.contains(encoder_version, segments)
+    waiting = {name: uri for name, uri in segments.items() if name not in folded}
     num_segments = num_rows = 0
-    while True:
-        folded = table.contains(encoder_version, segments)
-        new = [segment for segment in segments if segment not in folded][:MAX_FOLDED_SEGMENTS]
-        if not new:
-            break
-        try:
-            fragment = _write(window, table.uri, encoder_version, new)
-            table.commit([fragment])
-        except PartlyCommittedError:
-            continue  # another process folded some of them meanwhile
-        except ArtifactError:
-            here = set(list_segments(window, encoder_version))
-            if here.issuperset(new):
-                raise
-            segments = [segment for segment in segments if segment in here]  # another process even deleted some
-            continue
-        num_segments += len(new)
-        num_rows += fragment.num_rows
+    while waiting:
+        found, bad, num_read = _read_all(waiting, MAX_FOLDED_SEGMENTS, MAX_FOLDED_BYTES)
+        damaged |= bad
+        if found:
+            fragment = _write(table.uri, encoder_version, found)
+            try:
+                table.commit([fragment])
+            except PartlyCommittedError:  # another process folded some of them meanwhile
+                there = table.contains(encoder_version, waiting)
+                waiting = {name: uri for name, uri in waiting.items() if name not in there}
+                folded |= there
+                continue
+            num_segments += len(found)
+            num_rows += fragment.num_rows
+            folded |= found.keys()
+        waiting = dict(islice(waiting.items(), num_read, None))
     oldest_kept = time.time_ns() - int(keep_s * 1e9)
-    old = [segment for segment in segments if int(segment.partition("-")[0]) <= oldest_kept]
-    for segment in old:
-        artifacts.remove(_segment_uri(window, encoder_version, segment))
+    old = [uri for name, uri in segments.items() if name in folded and segment_time(name) <= oldest_kept]
+    artifacts.for_each(artifacts.remove, old)
+    window_folder.remove_empty_folders(window, encoder_version)
     return FoldResult(num_segments, num_rows, len(old))
 
 
-def _write(window: str, table_uri: str, encoder_version: str, segments: Sequence[str]) -> Fragment:
-    tables = []
-    for segment in segments:
-        rows = read_segment(window, encoder_version, segment)
-        tables.append(rows.append_column("shard_id", pa.repeat(pa.scalar(segment), rows.num_rows)))
-    return write_fragment(table_uri, pa.concat_tables(tables), encoder_version=encoder_version, origin="realtime")
+def _write(table_uri: str, encoder_version: str, segments: Mapping[str, pa.Table]) -> Fragment:
+    rows = [
+        table.append_column("shard_id", pa.repeat(pa.scalar(name), table.num_rows)) for name, table in segments.items()
+    ]
+    return write_fragment(table_uri, pa.concat_tables(rows), encoder_version=encoder_version, origin="realtime")
 
 
-def _segment_uri(window: str, encoder_version: str, segment_id: str) -> str:
-    return f"{window}/{encoder_version}/{segment_id}.arrow"
+def _read_all(
+    uris: Mapping[str, str], max_segments: int | None = None, max_bytes: float = float("inf")
+) -> tuple[dict[str, pa.Table], dict[str, ArtifactError], int]:
+    """The first segments, in order: (rows by id, errors of damaged ones by id, number of segments looked at).
+
+    What is gone by now (folded and deleted by another process) is in neither.
+    """
+    found: dict[str, pa.Table] = {}
+    damaged: dict[str, ArtifactError] = {}
+    num = num_bytes = 0
+    wanted = list(islice(uris.items(), max_segments))
+    while num < len(wanted) and num_bytes < max_bytes:
+        names, some = zip(*wanted[num : num + READ_AT_ONCE], strict=True)
+        for name, result in zip(names, artifacts.for_each(_read_or_error, some), strict=True):
+            if isinstance(result, pa.Table):
+                found[name] = result
+                num_bytes += result.nbytes
+            elif result is not None:
+                damaged[name] = result
+        num += len(names)
+    return found, damaged, num
 
 
-def _new_name() -> str:
-    """Sorts by time; unique across processes; increasing within one."""
-    global _last_name
-    with _name_lock:
-        _last_name = max(time.time_ns(), _last_name + 1)
-        return f"{_last_name:020d}-{uuid.uuid4().hex[:8]}"
+def _read_or_error(uri: str) -> pa.Table | ArtifactError | None:
+    """The rows; what is wrong with them; None where the file is gone."""
+    try:
+        return _read(uri)
+    except ArtifactError as error:
+        return error if artifacts.exists(uri) else None
+
+
+def _read(uri: str) -> pa.Table:
+    content = artifacts.read_bytes(uri)
+    try:
+        return pa.ipc.open_file(pa.BufferReader(content)).read_all()
+    except pa.ArrowInvalid as error:
+        raise ArtifactError(
+            f"{uri} is damaged ({error}). Move it out of the folder and send its items to the new-item encoder again."
+        ) from None

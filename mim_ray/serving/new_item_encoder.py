@@ -24,15 +24,17 @@ from starlette.types import ASGIApp
 
 from mim_ray import artifacts
 from mim_ray.config import Scenario
-from mim_ray.config.scenario import Data, Serving
+from mim_ray.config.scenario import Data, ParameterMachines, Serving
 from mim_ray.data.transforms import BadImage, clean_title, content_hash, decode_image
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.errors import ArtifactError, RequestError
+from mim_ray.representation_center.new_items import Push, store_new_items
+from mim_ray.representation_center.parameter_client import ParameterClient
 from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
-from mim_ray.representation_center.updates import append_segment, fold, segment_rows
+from mim_ray.representation_center.updates import fold, segment_rows
 from mim_ray.serving.limits import check_exposure, guarded
 from mim_ray.serving.messages import EncodedItem, Health, NewItem, NewItemsRequest, NewItemsResponse, Problem, Ready
 from mim_ray.serving.served import Served
@@ -65,15 +67,17 @@ class NewItemEncoder:
         encoder: makes the embeddings; its version must be that of the embeddings being served.
         center: URI with the table and the window.
         limits: what pictures and titles are taken.
+        push: sends what was stored to the parameter machines; without it they find it in the window.
     """
 
-    def __init__(self, encoder: ItemEncoder, center: str, limits: Data) -> None:
+    def __init__(self, encoder: ItemEncoder, center: str, limits: Data, *, push: Push | None = None) -> None:
         if encoder.encoder_version is None:
             raise ArtifactError("The encoder has no version: save it, and load it from there.")
         self.encoder_version = encoder.encoder_version
         self._encoder = encoder
         self._window = f"{center}/window"
         self._limits = limits
+        self._push = push
         self._known = KnownContent(
             EmbeddingTable(f"{center}/table"),
             self._window,
@@ -156,7 +160,7 @@ class NewItemEncoder:
             content_at=[content.content_at for content in contents],
             categories=[content.category for content in contents],
         )
-        append_segment(self._window, rows, encoder_version=self.encoder_version)
+        store_new_items(self._window, rows, encoder_version=self.encoder_version, push=self._push)
         self._known.add(rows)
 
 
@@ -216,13 +220,14 @@ class WindowFolding:
 class NewItemReplica:
     """One process that serves `new_item_api`."""
 
-    def __init__(self, served: Served, limits: Data, serving: Serving) -> None:
+    def __init__(self, served: Served, limits: Data, serving: Serving, machines: ParameterMachines) -> None:
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
         encoder = ItemEncoder.load(served.encoder)
         _check_encoder(served, encoder.encoder_version)
         if serving.gpus_per_replica > 0:
             encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-        self._encoder = NewItemEncoder(encoder, served.center, limits)
+        push = None if machines.state is None else ParameterClient(machines.state, machines).push
+        self._encoder = NewItemEncoder(encoder, served.center, limits, push=push)
         self._serving = serving
         self._folding = WindowFolding(served.center, serving.window_s)
 
@@ -230,15 +235,18 @@ class NewItemReplica:
         return new_item_api(self._encoder, self._serving)
 
 
-def bind_new_item_encoder(scenario: Scenario) -> Application:
-    """The Serve application of a scenario's run; refuses early what a replica would refuse late.
+def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> Application:
+    """The Serve application of what is current; refuses early what a replica would refuse late.
+
+    Args:
+        served: something else than `Served.of(scenario)`.
 
     Raises:
         MimRayError: the run is not finished, versions do not match, or strangers could call.
     """
     serving = scenario.serving
     check_exposure(serving)
-    served = Served.of(scenario)
+    served = Served.of(scenario) if served is None else served
     _check_encoder(served, artifacts.read_json(f"{served.encoder}/encoder.json").get("encoder_version"))
     deployment = serve.deployment(
         name="NewItems",
@@ -247,7 +255,7 @@ def bind_new_item_encoder(scenario: Scenario) -> Application:
         max_queued_requests=serving.max_queued_requests,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
     )(serve.ingress()(NewItemReplica))
-    return deployment.bind(served, scenario.data, serving)
+    return deployment.bind(served, scenario.data, serving, scenario.machines)
 
 
 def _microseconds(at: datetime) -> int:

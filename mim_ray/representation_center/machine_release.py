@@ -1,0 +1,90 @@
+"""What the parameter machines hold: the tables and dense parameters of one release, and where that is written down.
+
+release = MachineRelease("2026-11-21", {"mm": TableSource(snapshot, table=…, window=…)}, dense={"ctr": uri})
+write_wanted(state, release, shape=(2, 2))     # a small file; a machine that comes back reads it
+serial, release = read_wanted(state)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mim_ray import artifacts
+from mim_ray.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """URIs of one embedding table: MM embeddings, or an ID table (a snapshot with encoder version "none").
+
+    Attributes:
+        snapshot: the exact one. table, window: the Delta log and the window folder with newer rows; None: there are none.
+    """
+
+    snapshot: str
+    table: str | None = None
+    window: str | None = None
+
+
+@dataclass(frozen=True)
+class MachineRelease:
+    """
+    Attributes:
+        release_id: names it in answers. tables: by the name that lookups give.
+        dense: safetensors files by name.
+    """
+
+    release_id: str
+    tables: Mapping[str, TableSource]
+    dense: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> MachineRelease:
+        tables = {name: TableSource(**source) for name, source in value["tables"].items()}
+        return cls(value["release_id"], tables, dict(value["dense"]))
+
+
+def write_wanted(
+    state: str,
+    release: MachineRelease,
+    *,
+    shape: tuple[int, int] | None = None,
+    prepare: Callable[[int, MachineRelease], None] | None = None,
+) -> int:
+    """Make this the release that machines open when they start; its serial number, which grows with every call.
+
+    Args:
+        shape: (shards, replicas) of the machines that are going to start; None: as they were.
+        prepare: is called with the serial number before anything is written.
+    """
+    before = artifacts.read_json(state) if artifacts.exists(state) else {"serial": 0}
+    serial = int(before["serial"]) + 1
+    if prepare is not None:
+        prepare(serial, release)
+    shards, replicas = shape or (before["shards"], before["replicas"])
+    value = {"serial": serial, "shards": shards, "replicas": replicas, "release": release.to_json()}
+    artifacts.write_json(state, value)
+    return serial
+
+
+def read_wanted(state: str) -> tuple[int, MachineRelease]:
+    """
+    Raises:
+        ArtifactError: missing or damaged.
+    """
+    value = artifacts.read_json(state)
+    try:
+        return int(value["serial"]), MachineRelease.from_json(value["release"])
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise ArtifactError(f"{state} is damaged. Start the parameter machines again, with a release.") from None
+
+
+def read_shape(state: str) -> tuple[int, int]:
+    """Shards and replicas of the machines that were started last."""
+    value = artifacts.read_json(state)
+    return int(value["shards"]), int(value["replicas"])
