@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,12 +40,13 @@ from mim_ray.extraction.catalogue_state import (
     repeated,
     vanished,
 )
-from mim_ray.extraction.chosen import Change, ChosenRows
-from mim_ray.extraction.read import Decoding
+from mim_ray.extraction.chosen import ChosenRows
+from mim_ray.extraction.read import COLUMNS, Decoding, prepare_items
 from mim_ray.extraction.scan import Scanned, scan
+from mim_ray.representation_center.key_index import string_array
 from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.snapshot import NO_TIME
-from mim_ray.representation_center.table import EmbeddingTable
+from mim_ray.representation_center.table import EmbeddingTable, times
 from mim_ray.runtime.progress import Progress
 
 SCAN_ROWS = 50_000  # looked at by one task
@@ -68,7 +69,7 @@ class Changes:
     files: dict[str, SeenFile]
     kept: frozenset[str] = frozenset()
     void_rejects: list[np.ndarray] = field(default_factory=list)
-    changes: list[Change] = field(default_factory=list)
+    changes: list[ChosenRows] = field(default_factory=list)
     deletions: pa.Table = field(default_factory=lambda: deletion_rows([], []))
     rejects: list[tuple[str, str, str]] = field(default_factory=list)
     num_rows: int = 0
@@ -78,7 +79,7 @@ class Changes:
 
     @property
     def num_to_encode(self) -> int:
-        return sum(change.chosen.num_rows for change in self.changes)
+        return sum(chosen.num_rows for chosen in self.changes)
 
 
 @dataclass(frozen=True)
@@ -106,26 +107,28 @@ def find_changes(
     now: int,
     warm_rows: int,
     scan_cpus: float,
+    full: bool = False,
 ) -> Changes:
     """Compare the catalogue with the last state, and what differs with what is known.
 
     Args:
-        state: None: compare the whole catalogue with the table.
+        state: None: compare the whole catalogue with the table. full: do so although there is a state, which then only tells
+            what was deleted.
         rejected: ascending id hashes of items rejected earlier.
-        now: microseconds. warm_rows: of so many rows to encode, details and content are kept.
+        now: microseconds. warm_rows: of so many rows to encode, the content is kept.
     """
     before = {} if state is None else state.files
     kept = {
         path: file
         for path, file in before.items()
-        if path in listing.files and listing.files[path].signature == file.signature
+        if not full and path in listing.files and listing.files[path].signature == file.signature
     }
     fresh = listing.files.keys() - kept.keys()
     clock = Clock(now, NO_TIME if state is None else state.listed_at)
     found = Changes(store.compacted(kept, pack), frozenset(kept))
     old = [store.records(piece) for path, file in before.items() if path not in kept for piece in file.pieces]
     pairs = None
-    if state is not None and sum(len(records.ids) for records in old) <= MAX_PAIRS:
+    if state is not None and not full and sum(len(records.ids) for records in old) <= MAX_PAIRS:
         pairs = np.sort(np.concatenate([np.empty(0, np.uint64), *(records.pairs for records in old)]))
     shards = listing.shards(fresh, SCAN_ROWS) if fresh else []
     pieces: list[Piece] = []
@@ -141,11 +144,9 @@ def find_changes(
                 pieces.append(pack.add(scanned.records))
                 found.void_rejects.append(rejected[np.isin(rejected, hash_ids(scanned.ids))])
                 starts.setdefault(shard.source, shard.first_row)
-                _compare(shard, starts[shard.source], scanned, carried, listing, known, clock, found)
+                _compare(shard, starts[shard.source], scanned, carried, listing, known, decoding, clock, found)
                 if found.num_new + found.num_changed > warm_rows:
-                    found.changes[read_again:] = [
-                        replace(change, details=None, carried=None) for change in found.changes[read_again:]
-                    ]
+                    found.changes[read_again:] = [chosen.without_content() for chosen in found.changes[read_again:]]
                     read_again = len(found.changes)
                 if total > SHOWN_ROWS:
                     progress.add(scanned.num_rows)
@@ -200,6 +201,7 @@ def _compare(
     carried: Any,
     listing: Listing,
     known: KnownContent,
+    decoding: Decoding,
     clock: Clock,
     found: Changes,
 ) -> None:
@@ -213,42 +215,56 @@ def _compare(
         detail = f"created_at is {at}; the content counts as of the time when the catalogue had it"
         found.rejects.append((scanned.ids[place].as_py(), "created_at in the future", detail))
     floor = clock.floor(listing.files[shard.source].changed_at)
-    details = {"item_id": scanned.ids, "content_hash": scanned.hashes, "category": scanned.categories}
-    at = np.maximum(np.where(scanned.created_at <= clock.now, scanned.created_at, NO_TIME), floor)
-    details = {"item_id": scanned.ids, "content_hash": scanned.hashes, "category": scanned.categories}
     if known.is_empty:
         everything = len(scanned.rows) == scanned.num_rows
         places = np.arange(len(scanned.rows))
-        chosen = ChosenRows(shard, None if everything else scanned.rows, None, floor, clock.now)
+        chosen = ChosenRows(shard, None if everything else scanned.rows, None, floor, clock.now, carried, places)
         found.num_new += len(places)
-        details["known"] = pa.nulls(len(places), pa.string())
     else:
         state = known.look_up(scanned.ids)
+        at = np.maximum(np.where(scanned.created_at <= clock.now, scanned.created_at, NO_TIME), floor)
         at = np.where(state.content_at > clock.now, np.maximum(state.content_at, at), at)
         same = np.asarray(pc.fill_null(pc.equal(state.hashes, scanned.hashes), False), bool)
+        by_title = np.asarray(pc.fill_null(pc.equal(state.hashes, scanned.title_hashes), False), bool) & ~same
+        if by_title.any():
+            same |= _still_unusable(shard, scanned, np.flatnonzero(by_title), decoding, found)
         older = ~same & state.found & (state.content_at > at)
         places = np.flatnonzero(~same & ~older)
         there = np.asarray(state.hashes.is_valid(), bool)[places]
         found.num_older += int(older.sum())
         found.num_new += int((~there).sum())
         found.num_changed += int(there.sum())
-        chosen = ChosenRows(shard, scanned.rows[places], at[places], floor, clock.now)
-        details = {name: column.take(pa.array(places)) for name, column in details.items()}
-        details["known"] = state.hashes.take(pa.array(places))
+        chosen = ChosenRows(shard, scanned.rows[places], at[places], floor, clock.now, carried, places)
     if len(places):
-        details |= {"content_at": pa.array(at[places]).cast(TIME), "place": pa.array(places)}
-        found.changes.append(Change(chosen, pa.table(details), carried))
+        found.changes.append(chosen if carried is not None else chosen.without_content())
+
+
+def _still_unusable(
+    shard: Shard, scanned: Scanned, places: np.ndarray, decoding: Decoding, found: Changes
+) -> np.ndarray:
+    """(n,) bool: which of the candidates `places`, known by their titles alone, have a picture that cannot be used."""
+    result = np.zeros(len(scanned.rows), bool)
+    rows = ChosenRows(shard, scanned.rows[places], scanned.created_at[places], 0, 0)
+    prepared = pa.concat_tables(
+        prepare_items(piece, np.zeros(piece.num_rows, bool), decoding) for piece in rows.batches(COLUMNS, 256)
+    )
+    columns = (prepared[name].to_pylist() for name in ("item_id", "image_reason", "image_detail"))
+    for place, (item_id, reason, detail) in zip(places.tolist(), zip(*columns, strict=True), strict=True):
+        result[place] = reason is not None
+        if reason is not None:
+            found.rejects.append((item_id, reason, detail or ""))
+    return result
 
 
 def _drop_repeated(found: Changes, known: KnownContent, repeated_rows: dict[int, np.ndarray]) -> None:
     """Take out rows whose item another row of the catalogue is used for."""
     left = []
-    for change in found.changes:
-        again = repeated_rows[id(change.chosen.shard)]
-        rows = np.arange(change.chosen.num_rows) if change.chosen.rows is None else change.chosen.rows
+    for chosen in found.changes:
+        again = repeated_rows[id(chosen.shard)]
+        rows = np.arange(chosen.num_rows) if chosen.rows is None else chosen.rows
         drop = np.isin(rows, again) if len(again) else np.zeros(len(rows), bool)
         if drop.any():
-            ids = change.chosen.read(["item_id"])["item_id"].filter(pa.array(drop))
+            ids = chosen.shard.read(["item_id"])["item_id"].take(pa.array(rows[drop]))
             found.rejects += [
                 (item, "duplicate item id", "another row with this id is used") for item in ids.to_pylist()
             ]
@@ -256,7 +272,7 @@ def _drop_repeated(found: Changes, known: KnownContent, repeated_rows: dict[int,
             found.num_changed -= existed
             found.num_new -= len(ids) - existed
         if not drop.all():
-            left.append(change.keep(~drop) if drop.any() else change)
+            left.append(chosen.keep(~drop) if drop.any() else chosen)
     found.changes = left
 
 
@@ -266,11 +282,11 @@ def _delete(
     """Add deletions of the known items with these id hashes.
 
     Args:
-        table: where it is given, only of those that it once had from the catalogue.
+        table: where it is given, only of those whose current row in it came from the catalogue.
     """
     ids = known.ids_of(hashes)
     if table is not None and len(ids):
-        ids = _from_catalogue(table, known.encoder_version, ids)
+        ids = _from_catalogue(table, known, ids)
     if not len(ids):
         return
     state = known.look_up(ids)
@@ -281,16 +297,17 @@ def _delete(
     found.deletions = pa.concat_tables([found.deletions, rows])
 
 
-def _from_catalogue(table: EmbeddingTable, encoder_version: str, ids: pa.Array) -> pa.Array:
-    """Those of the items that have a row which did not come in real time. Reads ids and origins of the table."""
+def _from_catalogue(table: EmbeddingTable, known: KnownContent, ids: pa.Array) -> pa.Array:
+    """Those of the items whose newest row did not come in real time. Reads ids, times and origins of the table."""
     wanted = np.sort(hash_ids(ids))
     found = [pa.array([], pa.large_string())]
-    for file in table.scan(encoder_version)[1]:
-        for rows in file.batches(["item_id", "origin", "deleted"]):
+    for file in table.scan(known.encoder_version)[1]:
+        for rows in file.batches(["item_id", "content_at", "origin", "deleted"]):
             batch = rows.filter(pc.and_(pc.equal(rows["origin"], "batch"), pc.invert(rows["deleted"])))
-            here = batch["item_id"].cast(pa.large_string()).combine_chunks()
-            if len(here):
-                found.append(here.filter(pa.array(contained(hash_ids(here), wanted))))
+            here = batch.filter(pa.array(contained(hash_ids(batch["item_id"]), wanted)))
+            if here.num_rows:
+                newest = known.look_up(here["item_id"]).content_at <= times(here["content_at"])
+                found.append(string_array(here["item_id"].filter(pa.array(newest))))
     return ids.filter(pc.is_in(ids, pc.unique(pa.concat_arrays(found))))
 
 

@@ -5,20 +5,23 @@
 
 A round finds changes (changes.py), encodes and commits them with their deletions, builds a snapshot where the table moved,
 and notes last what the catalogue said. Killed anywhere, the next round finds what is left: what was committed is known, so it
-is not encoded again. Few changes go through actors that stay alive (warm_pool.py), many through the pipeline of run.py.
+is not encoded again. The encoder's actors (pool.py) stay alive between rounds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from mim_ray import artifacts
 from mim_ray.config.scenario import Extraction, Refresh, Scenario
@@ -28,22 +31,26 @@ from mim_ray.data.rejects import read_rejects, reject_rows, write_rejects
 from mim_ray.data.sources import require_table
 from mim_ray.errors import DataError
 from mim_ray.extraction.catalogue_state import CatalogueState, PackWriter, StateStore, contained
-from mim_ray.extraction.changes import Changes, find_changes
-from mim_ray.extraction.embed import Encode, load_encoder
-from mim_ray.extraction.few import Encoded, deletion_table, encode_few
-from mim_ray.extraction.many import encode_many
+from mim_ray.extraction.changes import Changes, deletion_rows, find_changes
+from mim_ray.extraction.chosen import ChosenRows, Gathered
+from mim_ray.extraction.embed import Encode, Work, load_encoder
+from mim_ray.extraction.plan import Unit
+from mim_ray.extraction.pool import EncoderPool
 from mim_ray.extraction.read import Decoding
-from mim_ray.extraction.run import cpu_shares, decoding_of, describe_encoder
-from mim_ray.extraction.warm_pool import WarmPool
+from mim_ray.extraction.run import decoding_of, describe_encoder, encoder_pool
+from mim_ray.extraction.write import Committer, ShardFile, read_rejects_file
 from mim_ray.representation_center.build import build_snapshot
-from mim_ray.representation_center.data_files import write_fragment
+from mim_ray.representation_center.data_files import Fragment, write_fragment
 from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.snapshot_line import POINTER, current_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
+from mim_ray.runtime.cluster import user_error
 from mim_ray.runtime.lease import Lease
+from mim_ray.runtime.progress import Progress
 
 STAGE = "refresh"
 MANY_DELETIONS = 100
+SCAN_CPUS = 0.0  # looking at rows is short; it may go on beside the actors that hold the CPUs
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ class Refresher:
     Args:
         items: URI of the items table, Parquet or Delta.
         encoder: URI that `load` understands. rejects: URI of the table of rejects.
+        pool: of actors that hold this encoder already; without one they are started when a round first needs them.
 
     Raises:
         LeaseTakenError: on entry, another refresh of this encoder version is at work.
@@ -119,6 +127,7 @@ class Refresher:
         refresh: Refresh,
         rejects: str,
         load: Callable[[str, bool], Encode] = load_encoder,
+        pool: EncoderPool | None = None,
     ) -> None:
         self.items, self._center = items, center
         self.encoder_version, self._encoder, self._load = encoder_version, encoder, load
@@ -130,7 +139,7 @@ class Refresher:
         self._store = StateStore(f"{folder}/catalogue")
         self._state: CatalogueState | None = None
         self._lease = Lease(f"{folder}/lease", what="refresh")
-        self._pool: WarmPool | None = None
+        self._pool, self._own_pool = pool, pool is None
         self._identity = artifacts.fingerprint(encoder_version, asdict(decoding))
         self._built_at = float("-inf")
 
@@ -161,9 +170,9 @@ class Refresher:
         start, now = time.monotonic(), time.time_ns() // 1_000
         state, notes = self._usable_state(full)
         done = Round()
-        if state is None or not self._is_same(state):
+        if full or state is None or not self._is_same(state):
             listing = list_table(self.items, "items")
-            done = self._apply(listing, state, now)
+            done = self._apply(listing, state, now, full)
         else:
             done = Round(unchanged=state.num_rows)
         snapshot, built = self._snapshot()
@@ -175,28 +184,27 @@ class Refresher:
         state = self._state
         if state is None:
             return None, ("No refresh before: the whole catalogue is compared with the table.",)
-        if full:
-            return None, ("The whole catalogue is compared with the table, as asked for.",)
         if state.catalogue != self.items:
             return None, (f"The catalogue was {state.catalogue}: all of the new one is compared with the table.",)
         if state.settings != self._identity:
             return None, ("Settings that decide embeddings changed: the whole catalogue is compared with the table.",)
         if self.table.version < state.table_version:
             return None, ("The table is not the one of the last refresh: the whole catalogue is compared with it.",)
+        if full:
+            return state, ("The whole catalogue is compared with the table, as asked for.",)
         return state, ()
 
     def _is_same(self, state: CatalogueState) -> bool:
         """Whether the catalogue is a Delta table that has no new version."""
         return table_version(self.items) == (state.identity, state.version)
 
-    def _apply(self, listing: Listing, state: CatalogueState | None, now: int) -> Round:
+    def _apply(self, listing: Listing, state: CatalogueState | None, now: int, full: bool) -> Round:
         if state is not None and state.identity != listing.identity:
             state = None  # dropped and made again under the same name
         self._snapshot(only_first=True)  # so that what is known is mapped, not loaded
         known = KnownContent(self.table, f"{self._center}/window", self.encoder_version, line=self.line)
         earlier = read_rejects(self._rejects, STAGE)
         pack = PackWriter(self._store)
-        _, task_cpus = cpu_shares(self._settings)
         changes = find_changes(
             listing,
             state,
@@ -208,12 +216,13 @@ class Refresher:
             rejected=np.unique(hash_ids(earlier["key"])),
             now=now,
             warm_rows=self._refresh.warm_rows,
-            scan_cpus=task_cpus,
+            scan_cpus=SCAN_CPUS,
+            full=full,
         )
         self._check_deletions(changes, known)
         encoded = self._encode(changes, known)
         rejects = reject_rows(STAGE, "items", [*changes.rejects, *encoded.rejects])
-        self._write_rejects(earlier if state is not None else earlier.slice(0, 0), rejects, changes)
+        self._write_rejects(earlier if state is not None and not full else earlier.slice(0, 0), rejects, changes)
         self._state = CatalogueState(
             catalogue=self.items,
             identity=listing.identity,
@@ -226,12 +235,11 @@ class Refresher:
         )
         self._lease.check()
         self._store.write(self._state)
-        num_changed = changes.num_changed - encoded.num_same
         return Round(
             new=changes.num_new,
-            changed=num_changed,
+            changed=changes.num_changed,
             deleted=changes.deletions.num_rows + encoded.lost.num_rows,
-            unchanged=changes.num_rows - changes.num_new - num_changed - changes.num_older,
+            unchanged=changes.num_rows - changes.num_new - changes.num_changed - changes.num_older,
             older=changes.num_older,
             encoded=encoded.num_encoded,
             copied=encoded.num_copied,
@@ -249,41 +257,83 @@ class Refresher:
             )
 
     def _encode(self, changes: Changes, known: KnownContent) -> Encoded:
-        """Encode and commit upserts and deletions."""
-        if changes.num_to_encode > self._refresh.warm_rows:
-            self._cool()
-            self._lease.check()
-            encoded = encode_many(
-                changes.changes,
-                known,
-                self.table,
-                encoder=self._encoder,
+        """Encode and commit upserts and deletions: few changes in one commit, many as they are finished."""
+        result = Encoded()
+        few = changes.num_to_encode <= self._refresh.warm_rows
+        fragments: list[Fragment] = []
+        if changes.changes:
+            snapshot, settings = known.snapshot, self._settings
+            exact = snapshot is not None and snapshot.dtype == "float32" and settings.reuse_snapshot
+            work = Work(
                 encoder_version=self.encoder_version,
                 decoding=self._decoding,
-                settings=self._settings,
-                rejects=f"{self._center}/rejects/{self.encoder_version}",
-                load=self._load,
+                batch_size=settings.batch_size,
+                table=self.table.uri,
+                rejects=f"{self._center}/refresh/{self.encoder_version}/rejects",
+                snapshot=snapshot.uri if snapshot is not None and exact else None,
             )
-        else:
-            _, task_cpus = cpu_shares(self._settings)
-            encoded = encode_few(
-                changes.changes, known.snapshot, self._warm_pool, self._decoding, self._settings, task_cpus
-            )
-        gone = pa.concat_tables([changes.deletions, encoded.lost])
-        if gone.num_rows:
-            assert known.snapshot is not None  # of nothing nothing is deleted
-            encoded.tables.append(deletion_table(gone, known.snapshot.width))
-        if encoded.tables:
-            self._commit(pa.concat_tables(encoded.tables))
-        return encoded
+            self._lease.check()
+            with contextlib.ExitStack() as stack:
+                if not few:
+                    committer = stack.enter_context(Committer(self.table, settings.commit_every_s))
+                    progress = stack.enter_context(Progress("refresh", total=changes.num_to_encode, unit="items"))
+                for file in self._run(self._units(changes.changes, few), work):
+                    result.add(file)
+                    if few:
+                        fragments.append(file.fragment)
+                    else:
+                        committer.add([file.fragment])
+                        progress.add(file.num_rows)
+        result.find_lost(known)
+        gone = pa.concat_tables([changes.deletions, result.lost])
+        if gone.num_rows and known.snapshot is not None:  # of nothing nothing is deleted
+            fragments.append(self._write_deletions(gone, known.snapshot.width))
+        if fragments:
+            self._lease.check()
+            self.table.commit(fragments)
+        return result
 
-    def _commit(self, rows: pa.Table) -> None:
-        """One commit, under an id that follows from the rows: a round made again adds nothing twice."""
-        keys = rows.select(["item_id", "content_hash", "content_at", "deleted"]).sort_by("item_id")
+    def _run(self, units: Iterator[Unit], work: Work) -> Iterator[ShardFile]:
+        try:
+            if self._pool is None:
+                self._pool = encoder_pool(self._encoder, self._settings, self._load).__enter__()
+            yield from self._pool.run(units, work)
+        except Exception as error:  # Ray wraps what its workers raise; tell the user's own mistake plainly
+            self._cool()
+            cause = user_error(error)
+            if cause is None:
+                raise
+            raise cause from None
+
+    def _units(self, changes: Sequence[ChosenRows], few: bool) -> Iterator[Unit]:
+        """Units whose shards' ids follow from the rows: what a killed round committed is not committed again."""
+        num_rows = sum(chosen.num_rows for chosen in changes)
+        groups = [tuple(changes)] if few else [(chosen,) for chosen in changes]
+        shard_rows = self._settings.shard_rows
+        if few:  # all actors get some
+            at_once = int(ray.cluster_resources().get("CPU", 1)) or 1
+            shard_rows = min(shard_rows, max(16, -(-num_rows // (2 * at_once))))
+        for parts in groups:
+            rows = Gathered(parts)
+            content = artifacts.fingerprint(self._identity, shard_rows, [_described(part) for part in parts])
+            yield Unit(rows, content, shard_rows, np.arange(0, rows.num_rows, shard_rows), np.empty(0, np.int64))
+
+    def _write_deletions(self, gone: pa.Table, width: int) -> Fragment:
+        """A file of deletions. Their vectors are zeros: a row has its encoder version's width, whatever it says."""
+        num = gone.num_rows
+        keys = gone.sort_by("item_id")
+        zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(num * width, np.float32)), width)
+        rows = pa.table(
+            {
+                "item_id": keys["item_id"],
+                "embedding": zeros,
+                "content_hash": pa.nulls(num, pa.string()),
+                "content_at": keys["content_at"],
+                "deleted": pa.repeat(pa.scalar(True), num),
+            }
+        )
         shard_id = artifacts.fingerprint(self.encoder_version, [str(column.to_pylist()) for column in keys.columns])
-        fragment = write_fragment(self.table.uri, rows, encoder_version=self.encoder_version, shard_id=shard_id)
-        self._lease.check()
-        self.table.commit([fragment])
+        return write_fragment(self.table.uri, rows, encoder_version=self.encoder_version, shard_id=shard_id)
 
     def _write_rejects(self, earlier: pa.Table, rejects: pa.Table, changes: Changes) -> None:
         """What is rejected now: what was, less what changed or vanished, and this round's."""
@@ -316,14 +366,44 @@ class Refresher:
         self._built_at = time.monotonic()
         return built.snapshot_id, True
 
-    def _warm_pool(self) -> WarmPool:
-        if self._pool is None:
-            actor_cpus, _ = cpu_shares(self._settings)
-            size = self._decoding.picture.size
-            self._pool = WarmPool(self._settings, actor_cpus, self._encoder, size, self._load)
-        return self._pool
-
     def _cool(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
+        if self._pool is not None and self._own_pool:
+            self._pool.__exit__(None, None, None)
             self._pool = None
+
+
+@dataclass
+class Encoded:
+    """What became of a round's rows.
+
+    Attributes:
+        rejects: (key, reason, detail). lost: deletion rows of items that have no usable content any more.
+    """
+
+    num_encoded: int = 0
+    num_copied: int = 0
+    rejects: list[tuple[str, str, str]] = field(default_factory=list)
+    lost: pa.Table = field(default_factory=lambda: deletion_rows([], []))
+
+    def add(self, file: ShardFile) -> None:
+        """Count a finished shard, and take its rejects in."""
+        self.num_copied += file.num_copied
+        self.num_encoded += file.fragment.num_rows - file.num_copied
+        if file.rejects is not None:
+            rows = read_rejects_file(file.rejects)
+            self.rejects += zip(*(rows[name].to_pylist() for name in ("key", "reason", "detail")), strict=True)
+            artifacts.remove(file.rejects)
+
+    def find_lost(self, known: KnownContent) -> None:
+        """Items that are known, but of which nothing can be shown now."""
+        ids = pa.array([key for key, reason, _ in self.rejects if reason == "no content"], pa.string())
+        state = known.look_up(ids)
+        there = np.asarray(state.hashes.is_valid(), bool)
+        self.lost = deletion_rows(ids.filter(pa.array(there)).to_pylist(), state.content_at[there])
+
+
+def _described(part: ChosenRows) -> list[object]:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (part.rows, part.content_at):
+        digest.update(b"all" if array is None else np.ascontiguousarray(array).tobytes())
+    return [part.shard.source, part.shard.first_row, part.floor, digest.hexdigest()]

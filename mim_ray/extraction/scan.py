@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mim_ray.data.event_log import is_blank
 from mim_ray.data.ids import hash_ids
 from mim_ray.data.image_files import ImageFiles
 from mim_ray.data.sources import Shard
-from mim_ray.data.transforms import BadImage, clean_title, content_hash
+from mim_ray.data.transforms import BadImage, content_hash
 from mim_ray.extraction.catalogue_state import Records, contained
-from mim_ray.extraction.read import COLUMNS, Decoding
+from mim_ray.extraction.read import COLUMNS, Decoding, clean_item_title
 from mim_ray.representation_center.table import times
 
 MAX_CARRIED_BYTES = 32 * 2**20
@@ -28,7 +27,7 @@ class Scanned:
     Attributes:
         records: of all rows with an id. num_rows: of all rows.
         rows: (n,) int64 numbers in the slice of the candidates: rows that were not seen before with this content.
-        ids, hashes, categories: their item ids, content hashes (if the picture can be decoded) and first categories.
+        ids, hashes: their item ids and content hashes, if the picture can be used. title_hashes: if it cannot.
         created_at: (n,) int64 microseconds, NO_TIME where the catalogue names none.
         blank: numbers of rows without an id.
     """
@@ -38,7 +37,7 @@ class Scanned:
     rows: np.ndarray
     ids: pa.Array
     hashes: pa.Array
-    categories: pa.Array
+    title_hashes: pa.Array
     created_at: np.ndarray
     blank: np.ndarray
 
@@ -57,7 +56,7 @@ def scan(
     """
     table = shard.read(COLUMNS)
     has_id = ~is_blank(table["item_id"])
-    titles = [clean_title(title, decoding.max_title_chars) for title in table["title"].to_pylist()]
+    titles = [clean_item_title(title, decoding.max_title_chars) for title in table["title"].to_pylist()]
     images = _binaries(table["image"])
     uris = table["image_uri"].to_pylist()
     # The content hash itself, or where the picture is elsewhere a hash of its name, which is all that the row says.
@@ -85,7 +84,7 @@ def scan(
         rows,
         table["item_id"].take(chosen).combine_chunks(),
         pa.array(hashes, pa.string()),
-        first_category(table["category"].take(chosen)).combine_chunks(),
+        pa.array([content_hash(titles[row], None) for row in rows], pa.string()),
         times(table["created_at"])[rows],
         np.flatnonzero(~has_id),
     )
@@ -93,12 +92,6 @@ def scan(
     if len(rows) <= max_carried_rows and sum(len(images[row] or b"") for row in rows) <= MAX_CARRIED_BYTES:
         carried = table.take(chosen)
     return scanned, carried
-
-
-def first_category(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The first of several values joined by "|"; null where it is blank."""
-    first = pc.utf8_trim_whitespace(pc.list_element(pc.split_pattern(column, "|"), 0))
-    return pc.if_else(pc.equal(first, ""), pa.scalar(None, pa.string()), first)
 
 
 def _binaries(column: pa.ChunkedArray) -> Sequence[memoryview | None]:

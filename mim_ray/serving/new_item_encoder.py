@@ -28,9 +28,9 @@ from mim_ray.config.scenario import Data, ParameterMachines, Serving
 from mim_ray.data.transforms import BadImage, clean_title, content_hash, decode_image
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.errors import ArtifactError, RequestError
+from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.new_items import Push, store_new_items
 from mim_ray.representation_center.parameter_client import ParameterClient
-from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
