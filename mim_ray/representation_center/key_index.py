@@ -211,9 +211,8 @@ def concatenated(keys: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
     _, offsets, data = keys.buffers()
     bounds = np.frombuffer(offsets, np.int64, len(keys) + 1, keys.offset * 8)
     first, end = int(bounds[0]), int(bounds[-1])
-    return (np.frombuffer(data, np.uint8, end - first, first) if end > first else np.empty(0, np.uint8)), np.diff(
-        bounds
-    )
+    text = np.frombuffer(data, np.uint8, end - first, first) if end > first else np.empty(0, np.uint8)
+    return text, np.diff(bounds)
 
 
 def wrap_rows(starts: np.ndarray, first_row: int, first_byte: int) -> list[int]:
