@@ -244,7 +244,7 @@ def daft(encoder: str, cores: int, own_decode: bool = True, use_process: bool = 
             rows = daft_package.read_parquet(f"{items}/*.parquet")
             image = daft_package.col("image")
             if not own_decode:
-                image = image.image.decode(mode="RGB").image.resize(224, 224)
+                image = image.decode_image(mode="RGB").resize(224, 224)
             embedded = rows.select(
                 "item_id", class_(encoder, str(log), encode).embed(image).alias("embedding")
             ).collect()
