@@ -76,9 +76,12 @@ class LayeredRows:
             dtype: of the vectors; np.float16 saves a copy where the snapshot stores that.
         """
         keys = string_array(ids)
-        hashes = hash_ids(keys)
         filled = [(shard, overlay) for shard, overlay in enumerate(self.overlays) if overlay and overlay.num_items]
-        shards = shard_of(hashes, len(self.overlays)) if filled and len(self.overlays) > 1 else None
+        if not filled:
+            rows = self.snapshot.lookup(keys)
+            return Embeddings(self._gather(rows, dtype), rows >= 0, pa.nulls(len(keys), pa.string()))
+        hashes = hash_ids(keys)
+        shards = shard_of(hashes, len(self.overlays)) if len(self.overlays) > 1 else None
         rows = self.snapshot.lookup(keys, hashes)
         found = rows >= 0
         matrix = self._gather(rows, dtype)
