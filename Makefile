@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo bench test check format chaos wheel lock clean
+.PHONY: help setup demo bench test test-ray test-rest check format chaos wheel lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -31,8 +31,14 @@ demo: $(STAMP)  ## run every stage on a synthetic shop; writes runs/demo/report.
 bench: $(STAMP)  ## measure the contrastive loss in a minute; writes runs/contrastive.json
 	$(BIN)/python benchmarks/contrastive.py --quick --json runs/contrastive.json
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -m "not chaos" -n 2 --dist loadgroup --no-loadscope-reorder
+test: $(STAMP)  ## run the tests, those on Ray beside the others
+	@$(MAKE) --no-print-directory -j2 --output-sync=line test-ray test-rest
+
+test-ray: $(STAMP)
+	$(BIN)/python -m pytest -m "ray and not chaos"
+
+test-rest: $(STAMP)
+	$(BIN)/python -m pytest -m "not ray and not chaos"
 
 chaos: $(STAMP)  ## long kill and soak tests
 	$(BIN)/python -m pytest -m chaos

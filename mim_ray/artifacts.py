@@ -6,27 +6,32 @@ did not finish and is done again. Nothing here pickles. URIs are absolute: a loc
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from mim_ray.config import Scenario
 from mim_ray.errors import ArtifactError, ConfigError
+from mim_ray.object_store import check_uri, s3_filesystem, storage_errors
 
 if TYPE_CHECKING:  # torch is imported where tensors are read or written: data tasks start in half the time without it
     import torch
 
 MANIFEST = "artifact.json"
+REQUESTS_AT_ONCE = 16  # to an object store, by one call
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,11 @@ def absolute_uri(root: str) -> str:
     """`root` as an absolute URI; a relative path is taken from the current folder.
 
     Raises:
-        ConfigError: a relative path inside a submitted Ray job, which runs in an uploaded copy of the folder.
+        ConfigError: a relative path inside a submitted Ray job, which runs in an uploaded copy of the folder; a URI with
+            credentials in it.
     """
     if "://" in root:
+        check_uri(root)
         return root.rstrip("/")
     path = Path(root).expanduser()
     if not path.is_absolute() and in_submitted_job():
@@ -76,8 +83,11 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """pyarrow filesystem and path inside it.
 
     Raises:
-        ArtifactError: no filesystem for this kind of URI.
+        ArtifactError: no filesystem for this kind of URI. ConfigError: it holds credentials.
     """
+    if uri.startswith("s3://"):
+        return s3_filesystem(uri)
+    check_uri(uri)
     try:
         return pafs.FileSystem.from_uri(uri if "://" in uri else Path(uri).absolute().as_uri())
     except (pa.ArrowInvalid, ValueError) as error:
@@ -97,40 +107,55 @@ def local_path(uri: str) -> Path | None:
     """The path when the URI is on this machine's file system, else None."""
     if "://" not in uri:
         return Path(uri)
+    if uri.startswith("s3://"):
+        return None
     fs, path = filesystem(uri)
     return Path(path) if isinstance(fs, pafs.LocalFileSystem) else None
 
 
 def exists(uri: str) -> bool:
     fs, path = filesystem(uri)
-    return fs.get_file_info(path).type != pafs.FileType.NotFound
+    with storage_errors(uri):
+        return bool(fs.get_file_info(path).type != pafs.FileType.NotFound)
 
 
 def remove(uri: str) -> None:
-    """Delete a file or a folder with all it holds, if it is there."""
+    """Delete a file or a folder with all it holds, if it is there; another process may do the same."""
     fs, path = filesystem(uri)
-    kind = fs.get_file_info(path).type
-    if kind == pafs.FileType.Directory:
-        fs.delete_dir(path)
-    elif kind == pafs.FileType.File:
-        fs.delete_file(path)
+    with storage_errors(uri), contextlib.suppress(FileNotFoundError):
+        kind = fs.get_file_info(path).type
+        if kind == pafs.FileType.Directory:
+            fs.delete_dir(path)
+        elif kind == pafs.FileType.File:
+            fs.delete_file(path)
+
+
+def for_each(function: Callable[[str], T], uris: Sequence[str]) -> list[T]:
+    """Results of function(uri) in order; remotely several at once, since each waits for requests."""
+    if len(uris) < 2 or local_path(uris[0]) is not None:
+        return [function(uri) for uri in uris]
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        return list(pool.map(function, uris))
 
 
 def list_files(uri: str, suffix: str = "") -> list[str]:
-    """URIs of the files below a folder (or the file itself), sorted."""
+    """URIs of the files below a folder (or the file itself), sorted. Remotely one request per 1,000 files."""
     fs, path = filesystem(uri)
-    info = fs.get_file_info(path)
-    if info.type == pafs.FileType.File:
-        return [uri]
-    if info.type == pafs.FileType.NotFound:
-        return []
-    base = uri.rstrip("/")
-    found = fs.get_file_info(pafs.FileSelector(path, recursive=True))
-    return sorted(
-        base + entry.path[len(path.rstrip("/")) :]
-        for entry in found
-        if entry.type == pafs.FileType.File and entry.path.endswith(suffix)
-    )
+    path = path.rstrip("/")
+    with storage_errors(uri):
+        try:
+            found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
+        except NotADirectoryError:
+            found = []
+        base = uri.rstrip("/")
+        files = [
+            base + entry.path[len(path) :]
+            for entry in found
+            if entry.type == pafs.FileType.File and entry.path.endswith(suffix)
+        ]
+        if not found and fs.get_file_info(path).type == pafs.FileType.File:
+            files = [uri]
+    return sorted(files)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
@@ -147,7 +172,7 @@ def write_bytes(uri: str, content: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     else:
-        with fs.open_output_stream(path) as stream:
+        with storage_errors(uri), fs.open_output_stream(path) as stream:
             stream.write(content)
 
 
@@ -167,8 +192,23 @@ def read_bytes(uri: str) -> bytes:
     """
     fs, path = filesystem(uri)
     try:
-        with fs.open_input_stream(path) as stream:
+        with storage_errors(uri), fs.open_input_stream(path) as stream:
             return stream.read()
+    except FileNotFoundError:
+        raise ArtifactError(f"{uri} is not there. Run the stage that makes it first.") from None
+
+
+def download(uri: str, target: Path) -> None:
+    """Copy a file to a local path, in pieces.
+
+    Raises:
+        ArtifactError: there is no such file.
+    """
+    fs, path = filesystem(uri)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with storage_errors(uri), fs.open_input_stream(path) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink, 2**24)
     except FileNotFoundError:
         raise ArtifactError(f"{uri} is not there. Run the stage that makes it first.") from None
 
@@ -233,8 +273,10 @@ def fingerprint(*parts: Any) -> str:
 def source_fingerprint(uri: str) -> str:
     """Hash of names, sizes and times of the files below `uri`: changes when a user's table changes."""
     fs, path = filesystem(uri)
-    info = fs.get_file_info(path)
-    entries = [info] if info.type == pafs.FileType.File else fs.get_file_info(pafs.FileSelector(path, recursive=True))
+    with storage_errors(uri):
+        info = fs.get_file_info(path)
+        selector = pafs.FileSelector(path, recursive=True)
+        entries = [info] if info.type == pafs.FileType.File else fs.get_file_info(selector)
     files = [(entry.path, entry.size, entry.mtime_ns) for entry in entries if entry.type == pafs.FileType.File]
     return fingerprint(sorted(files))
 
@@ -249,8 +291,7 @@ def local_copy(uri: str) -> Path:
         partial = Path(tempfile.mkdtemp(dir=_made(cache.parent)))
         for file in list_files(uri):
             target = partial / (file[len(uri) :].lstrip("/") or uri.rpartition("/")[2])
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(read_bytes(file))
+            download(file, target)
         try:
             partial.rename(cache)
         except OSError:  # another process was first
@@ -270,6 +311,11 @@ def run_root(scenario: Scenario) -> str:
     if in_submitted_job():
         return str(Path.home() / "mim_ray_runs" / scenario.name)
     return absolute_uri(f"runs/{scenario.name}")
+
+
+def center_root(scenario: Scenario) -> str:
+    """Absolute URI of the scenario's representation center."""
+    return f"{run_root(scenario)}/center" if scenario.run.center is None else absolute_uri(scenario.run.center)
 
 
 def _made(folder: Path) -> Path:

@@ -5,6 +5,7 @@
     ├── DataError              a table or file cannot be used as a whole (single bad rows go to `rejects` instead)
     ├── ArtifactError          what a stage left is missing, damaged or of another architecture
     │   └── VersionMismatchError   embeddings and model belong to different encoder versions
+    ├── StorageError           an object store cannot be reached, refuses, or lacks what commits need
     ├── TrainingError          training cannot go on
     │   └── NonFiniteLossError     the loss became NaN or infinite; the optimizer did not move
     ├── UnavailableError       parameter machines did not answer in time
@@ -35,6 +36,10 @@ class ArtifactError(MimRayError, ValueError):
 
 class VersionMismatchError(ArtifactError):
     """Two artifacts name different encoder versions."""
+
+
+class StorageError(MimRayError, OSError):
+    """An object store cannot be reached, refuses, or lacks what commits need; nothing is wrong with what is stored."""
 
 
 class TrainingError(MimRayError, RuntimeError):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
+import unittest.mock
+import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +23,100 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must no
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two lanes (`-n 2 --dist loadgroup`): what needs the head node, then all that shares the session's Ray, run one after
-    another in one process each, so that there is one of both; every other file goes where there is room. Longest first."""
-
-    def lane(item: pytest.Item) -> str:
-        names = getattr(item, "fixturenames", ())
-        return "head" if "head" in names else "ray" if "ray_cluster" in names else "file"
-
+    """Whatever uses the session's Ray or the head node is marked `ray`: `make test` runs these and the others side by side."""
     for item in items:
-        group = lane(item)
-        item.add_marker(pytest.mark.xdist_group(str(item.path) if group == "file" else group))
-    items.sort(key=lambda item: ("head", "ray", "file").index(lane(item)))  # stable
+        if {"ray_cluster", "head"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ray")
+
+
+@dataclass(frozen=True)
+class S3:
+    """An S3 API server on loopback and an empty place on it.
+
+    Attributes:
+        uri: of the empty place, s3://bucket/…. env: what a process needs to reach it.
+        secret: the secret key, unlike any other text, so that a search finds it wherever it leaks.
+    """
+
+    uri: str
+    endpoint: str
+    env: dict[str, str]
+    secret: str
+
+    def requests(self) -> list[str]:
+        """Requests since the last call: METHOD /bucket/key?query."""
+        with urllib.request.urlopen(f"{self.endpoint}/__requests__") as answer:
+            return list(json.load(answer))
+
+    def set_conditional_writes(self, on: bool) -> None:
+        self._put(f"__conditional__/{'on' if on else 'off'}")
+
+    def lose_answers(self, count: int) -> None:
+        """The next commits are made, but answered with an error."""
+        self._put(f"__lose__/{count}")
+
+    def make_older(self, seconds: int) -> None:
+        """All objects that are there."""
+        self._put(f"__older__/{seconds}")
+
+    def _put(self, path: str) -> None:
+        urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/{path}", method="PUT")).close()
+
+    def client(self) -> Any:
+        """boto3's client: another library to look at the bucket with."""
+        import boto3
+
+        keys = {"aws_access_key_id": self.env["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": self.secret}
+        return boto3.client("s3", endpoint_url=self.endpoint, region_name=self.env["AWS_REGION"], **keys)
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """An embedded Ray with two CPUs and one pretended GPU, for all tests of the session."""
+def s3_server() -> Iterator[S3]:
+    """moto's S3 server in a process of its own, with one bucket."""
+    script = Path(__file__).with_name("s3_server.py")
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        endpoint = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        secret = f"hidden-{secrets.token_hex(16)}"
+        env = {
+            "AWS_ACCESS_KEY_ID": f"key-{secrets.token_hex(8)}",
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_REGION": "eu-central-1",
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        server = S3("s3://mim-ray-tests", endpoint, env, secret)
+        where = {"LocationConstraint": env["AWS_REGION"]}
+        server.client().create_bucket(Bucket="mim-ray-tests", CreateBucketConfiguration=where)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(timeout=10)
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
+    """An empty place on the server, and this process' environment set for it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MIM_RAY_CACHE", str(tmp_path / "cache"))
+    s3_server.requests()
+    return replace(s3_server, uri=f"{s3_server.uri}/{secrets.token_hex(6)}")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: S3) -> Iterator[None]:
+    """An embedded Ray with two CPUs and one pretended GPU, for all tests of the session. Its workers can reach `s3`."""
     from mim_ray.config.scenario import Run
     from mim_ray.runtime.cluster import cluster
 
-    with cluster(Run(num_cpus=2, num_gpus=1, object_store_mb=200)):
+    with contextlib.ExitStack() as stack:
+        with unittest.mock.patch.dict(os.environ, s3_server.env):
+            stack.enter_context(cluster(Run(num_cpus=2, num_gpus=1, object_store_mb=200)))
         yield
 
 

@@ -34,7 +34,7 @@ def test_the_wheel_builds_with_its_scenarios_inside(tmp_path: Path) -> None:
     subprocess.run(command, capture_output=True, text=True, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert "mim_ray/config/scenarios/tiny.yaml" in names
+    assert {"mim_ray/config/scenarios/tiny.yaml", "mim_ray/pipeline/measured_rates.json"} <= names
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "mim_ray").rglob("*.py")} <= names
     assert not any(name.startswith(("tests/", "jobs/", "runs/")) for name in names)
 

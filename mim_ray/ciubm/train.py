@@ -7,6 +7,7 @@ finished seed left is not done again after a restart.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,7 @@ from mim_ray.data.catalogue import Catalogue
 from mim_ray.errors import ArtifactError
 from mim_ray.evaluation.metrics import auc, log_loss
 from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.representation_center.snapshot_line import keep_snapshot
 from mim_ray.runtime.progress import Progress
 from mim_ray.runtime.summary import StageResult
 from mim_ray.training.optim import average_gradients, check_finite
@@ -66,13 +68,14 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
         "settings": settings.model_dump(mode="json"),
         "network": network.to_json(),
         "samples": samples,
-        "snapshot": snapshot if opened is not None else None,
+        "snapshot": None if opened is None else opened.uri,
         "output": output,
         "label": variant,
         "positive_ratio": positive_ratio,
         "run_seed": scenario.run.seed,
     }
-    run_workers(train_loop, config, workers=settings, name=variant, storage=f"{output}/train")
+    with _kept(opened, owner=f"training-{artifacts.fingerprint(output)}"):
+        run_workers(train_loop, config, workers=settings, name=variant, storage=f"{output}/train")
     results = [artifacts.read_json(f"{output}/seed-{seed}/metrics.json") for seed in settings.seeds]
     metrics = {
         "seeds": {str(seed): result for seed, result in zip(settings.seeds, results, strict=True)},
@@ -102,6 +105,17 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
         ("validation AUC", "no rows of both labels" if validation is None else f"{validation:.4f} (mean over seeds)"),
     ]
     return StageResult(metrics=metrics, rows=rows)
+
+
+@contextlib.contextmanager
+def _kept(snapshot: Snapshot | None, *, owner: str) -> Iterator[None]:
+    """All workers, restarted ones too, read this one state; refreshes meanwhile neither change nor prune it."""
+    if snapshot is None:
+        yield
+        return
+    keep_snapshot(snapshot.line, snapshot.snapshot_id, owner=owner)
+    yield  # a job that dies keeps it, for the attempt that goes on
+    keep_snapshot(snapshot.line, None, owner=owner)
 
 
 def network_config(settings: Ciubm, backbone: str, content_width: int | None) -> NetworkConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -18,6 +19,9 @@ from pydantic import BaseModel, ValidationError
 
 from mim_ray.config.scenario import Scenario
 from mim_ray.errors import ConfigError
+from mim_ray.object_store import carries_credentials
+
+_SECRET_KEY = re.compile(r"(^|_)(access_key|secret|password|credentials?|session_token|api_key)(_|$)", re.IGNORECASE)
 
 
 def scenario_names() -> list[str]:
@@ -30,7 +34,8 @@ def load_scenario(config: str = "tiny", overrides: Sequence[str] = ()) -> Scenar
     """The scenario named `config` (shipped, or a path to a YAML file) with `section.key=value` overrides.
 
     Raises:
-        ConfigError: lists every unknown key (with the nearest valid one), wrong type and value out of range.
+        ConfigError: lists every unknown key (with the nearest valid one), wrong type and value out of range; or every
+            setting that holds credentials, without its value.
     """
     values, source = _read_yaml(config)
     values.setdefault("name", Path(config).stem)
@@ -48,6 +53,9 @@ def load_scenario(config: str = "tiny", overrides: Sequence[str] = ()) -> Scenar
         if not _set(values, key.split("."), value):
             problems.append(f"{key} = {text}: {key.split('.')[0]} is no section, from the command line.")
         origin[key] = "the command line"
+    secrets = [_secret(key, origin, source) for key, value in _leaves(values, "") if _is_secret(key, value)]
+    if secrets:  # only these: other messages might repeat the values
+        raise ConfigError("\n".join(secrets))
     try:
         scenario = Scenario.model_validate(values)
     except ValidationError as error:
@@ -123,6 +131,32 @@ def _problem(detail: Any, origin: dict[str, str], source: str) -> str:
         known = [name for name, _, _ in _fields(Scenario, "")]
         return f"{key} is not a setting{_nearest(key, known)} From {place}. `--keys` lists every setting."
     return f"{key} = {detail['input']!r}: {detail['msg']}, from {place}."
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    return _SECRET_KEY.search(key.rpartition(".")[2]) is not None or (
+        isinstance(value, str) and carries_credentials(value)
+    )
+
+
+def _secret(key: str, origin: dict[str, str], source: str) -> str:
+    place = origin.get(key, source)
+    return (
+        f"{key} holds credentials, from {place}. A scenario is written into artifacts and logs: take them out and set "
+        "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment."
+    )
+
+
+def _leaves(values: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """(section.key, value) of everything in nested dicts and lists."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            yield from _leaves(value, key)
+    else:
+        yield key, values
 
 
 def _nearest(name: str, known: list[str]) -> str:

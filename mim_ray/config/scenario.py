@@ -45,6 +45,9 @@ class Run(Section):
 
     root: str | None = None
     """Folder or URI for the artifacts. Default: runs/<scenario> here; in a submitted job ~/mim_ray_runs/<scenario>."""
+    center: str | None = None
+    """Folder or URI of the representation center. Default: center below run.root. Runs may share one: the embeddings of
+    a new encoder fill beside those that are served."""
     seed: Count = 0
     """Every random choice derives from it."""
     num_cpus: Positive | None = None
@@ -323,12 +326,17 @@ class Extraction(Section):
 
     encoder: Encoding = "csft"
     """The stage whose encoder fills the table (Table 3's rows)."""
-    num_actors: Positive = 1
-    """Encoder actors; a fixed pool."""
+    num_actors: Positive | None = None
+    """Encoder actors; a fixed pool. Default: as many as GPUs (or, without `gpus_per_actor`, CPUs) that Ray has at the start."""
     cpus_per_actor: PositiveFloat = 1.0
     gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
+    num_decoders: Count | None = None
+    """Tasks at once that read and decode pictures for each actor, on a CPU each. 0: the actor decodes itself. Default: 0
+    without GPUs, else the CPUs that the actors leave."""
     batch_size: Positive = 256
-    """Items encoded at once."""
+    """Items encoded at once. On CPUs 8 to 32 is faster for large towers."""
+    reuse_snapshot: bool = True
+    """Copy the embedding of content that the current snapshot of this encoder version has (if it is float32)."""
     shard_rows: Positive = 1_024
     """Rows of a deterministic shard, the unit of exactly-once."""
     commit_every_s: PositiveFloat = 5.0
@@ -418,6 +426,18 @@ class Serving(Section):
     """New items are folded into the Delta table this often (paper 3.5, RIM)."""
 
 
+class Maintenance(Section):
+    """jobs/maintain.py: the files of the embedding log."""
+
+    retention_h: Annotated[float, Field(ge=1.0)] = 168.0
+    """Files that compaction replaced, and leftovers of dead processes, are deleted when they are older. Longer than the
+    longest job that writes or reads the log."""
+    deleted_retention_days: Annotated[float, Field(ge=0.0)] | None = 30.0
+    """Deleted items stay in the log at least this long, then the deletion and all rows of the item go. null: forever."""
+    purge_every_h: Annotated[float, Field(ge=0.0)] = 24.0
+    """They may stay longer by this: dropping them rewrites the log, which happens no more often."""
+
+
 class ParameterMachines(Section):
     """CMD (paper 3.5): actors that hold the embedding tables and dense parameters of a release."""
 
@@ -460,4 +480,5 @@ class Scenario(Section):
     ciubm: Ciubm = Ciubm()
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
+    maintenance: Maintenance = Maintenance()
     machines: ParameterMachines = ParameterMachines()

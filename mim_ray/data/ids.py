@@ -15,16 +15,23 @@ import pyarrow.compute as pc
 Ids: TypeAlias = pa.Array | pa.ChunkedArray | Sequence[str | None]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+_FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_MASKS = np.array([2 ** (8 * length) - 1 for length in range(9)], np.uint64)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64: a bijection of uint64 whose output bits look independent of the input's."""
-    x = x ^ (x >> np.uint64(30))
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
+    x = x ^ (x >> _SHIFTS[0])
+    x *= _FACTORS[0]
+    x ^= x >> _SHIFTS[1]
+    x *= _FACTORS[1]
+    x ^= x >> _SHIFTS[2]
     return x
+
+
+_LENGTH_HASHES = mix(np.arange(256, dtype=np.uint64) * _GAMMA + np.uint64(1))
+"""What the hash of an id of each length begins with."""
 
 
 def random_bits(seed: int, stream: int, counters: np.ndarray) -> np.ndarray:
@@ -45,15 +52,15 @@ def normal(seed: int, stream: int, counters: np.ndarray) -> np.ndarray:
 
 
 class IdBytes:
-    """UTF-8 bytes of ids, read eight at a time.
+    """UTF-8 bytes of ids, read eight at a time: entry p of `data` is the bytes p to p + 7 as a little-endian number.
 
-    Args:
-        starts, lengths: (n,) int64, in bytes. data: uint64, the bytes of all ids one after another, with at least two words
-            behind the last one.
+    Attributes:
+        starts, lengths: (n,) int64, in bytes. shortest, longest: extremes of the lengths, 0 without ids.
     """
 
     def __init__(self, starts: np.ndarray, lengths: np.ndarray, data: np.ndarray) -> None:
-        self.starts, self.lengths, self.data = starts, lengths, data
+        self.starts, self.lengths, self._data = starts, lengths, data
+        self.shortest, self.longest = (int(lengths.min()), int(lengths.max())) if len(lengths) else (0, 0)
         self._words: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -64,58 +71,51 @@ class IdBytes:
         """A null counts as an empty id."""
         array = _strings(ids)
         if not len(array):
-            return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.zeros(2, np.uint64))
+            return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
         _, offsets, data = array.buffers()
         bounds = np.frombuffer(offsets, np.int64, len(array) + 1, array.offset * 8)
         first, end = int(bounds[0]), int(bounds[-1])
-        words = np.empty((end - first) // 8 + 3, np.uint64)
-        words[-3:] = 0
+        padded = np.empty(end - first + 8, np.uint8)
+        padded[end - first :] = 0
         if end > first:
-            words.view(np.uint8)[: end - first] = np.frombuffer(data, np.uint8, end - first, first)
-        return cls(bounds[:-1] - first, np.diff(bounds), words)
+            padded[:-8] = np.frombuffer(data, np.uint8, end - first, first)
+        starts = bounds[:-1] - first if first else bounds[:-1]
+        return cls(starts, np.diff(bounds), np.ndarray((end - first + 1,), "<u8", padded.data, strides=(1,)))
 
     def words(self, number: int, where: np.ndarray | None = None) -> np.ndarray:
-        """uint64 of bytes 8 · number to 8 · number + 7 of each id, in little-endian order, zero bytes behind its end.
+        """uint64 of bytes 8 · number to 8 · number + 7 of each id, zero bytes behind its end.
 
         Args:
-            where: positions of the ids that are asked for, all of them longer than 8 · number; None: all ids, all that long.
+            where: positions of the ids that are asked for; None: all. All of them are longer than 8 · number.
         """
         if where is None and number in self._words:
             return self._words[number]
-        starts, lengths = (self.starts, self.lengths) if where is None else (self.starts[where], self.lengths[where])
-        words = words_at(self.data, starts + 8 * number)
-        unused = 8 * number + 8 - lengths
-        if len(unused) and unused.max() > 0:
-            bits = np.maximum(unused, 0).view(np.uint64) << np.uint64(3)
-            words <<= bits
-            words >>= bits
+        starts = self.starts if where is None else self.starts[where]
+        words: np.ndarray = self._data[starts + 8 * number if number else starts]
+        if self.shortest < 8 * number + 8:
+            words &= tail_masks(self.lengths if where is None else self.lengths[where], number)
         if where is None:
             self._words[number] = words
         return words
 
 
-def words_at(data: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """(n,) uint64: the 8 bytes from each byte position on. Two aligned reads are faster than one that is not."""
-    place = positions >> 3
-    bits = (positions & 7).view(np.uint64) << np.uint64(3)
-    words = data.take(place, mode="clip")
-    words >>= bits
-    place += 1
-    np.subtract(np.uint64(64), bits, out=bits)
-    words |= data.take(place, mode="clip") << bits  # a shift by 64 gives 0
-    return words
+def tail_masks(lengths: np.ndarray, number: int) -> np.ndarray:
+    """(n,) uint64 with ones where word `number` of an id of each length has bytes."""
+    return _MASKS.take(lengths - 8 * number, mode="clip")
 
 
 def hash_ids(ids: Ids | IdBytes) -> np.ndarray:
     """(n,) uint64 hash of each id's UTF-8 bytes; stable over processes and machines. A null hashes like an empty id."""
     keys = ids if isinstance(ids, IdBytes) else IdBytes.of(ids)
-    hashes = mix(keys.lengths.astype(np.uint64) * _GAMMA + np.uint64(1))
-    if not len(keys):
-        return hashes
-    shortest, longest = int(keys.lengths.min()), int(keys.lengths.max())
-    for number in range(-(-longest // 8)):
-        if 8 * number < shortest:
-            hashes = mix(hashes ^ keys.words(number)) + _GAMMA
+    if keys.longest < len(_LENGTH_HASHES):
+        hashes = _LENGTH_HASHES.take(keys.lengths)
+    else:
+        hashes = mix(keys.lengths.astype(np.uint64) * _GAMMA + np.uint64(1))
+    for number in range(-(-keys.longest // 8)):
+        if 8 * number < keys.shortest:
+            hashes ^= keys.words(number)
+            hashes = mix(hashes)
+            hashes += _GAMMA
         else:
             where = np.flatnonzero(keys.lengths > 8 * number)
             hashes[where] = mix(hashes[where] ^ keys.words(number, where)) + _GAMMA
@@ -173,4 +173,4 @@ def _strings(ids: Ids) -> pa.Array:
             ids = pa.concat_arrays(ids.chunks) if ids.num_chunks else pa.array([], pa.large_string())
     elif not isinstance(ids, pa.Array):
         ids = pa.array(ids, pa.large_string())
-    return ids.cast(pa.large_string())
+    return ids if ids.type == pa.large_string() else ids.cast(pa.large_string())

@@ -7,7 +7,7 @@ or binaries. What cannot be used as a whole is a DataError that names the file, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,13 +17,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from mim_ray import artifacts
 from mim_ray.data.schema import TABLES, TIME, TableSchema
 from mim_ray.errors import DataError
+from mim_ray.object_store import delta_options, storage_error
 
 if TYPE_CHECKING:
     import ray.data
+
+_BATCH_BYTES = 64 * 2**20
+_READ_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,42 @@ class Shard:
                 f"{self.source} cannot be read like the table's other files ({error}). Write it again with their types."
             ) from None
         return _cast(rows, names, self.table, self.source)
+
+    def batches(
+        self, columns: Sequence[str], *, start: int = 0, stop: int | None = None, rows: int = 65_536
+    ) -> Iterator[pa.Table]:
+        """Rows start … stop in pieces of at most `rows` rows and about 64 MB, in order, types as `read`.
+
+        Row groups are read as a stream, so that one of any size takes little memory; rows before `start` are skipped, which
+        costs their reading.
+        """
+        end = self.num_rows if stop is None else stop
+        groups = [group.id for group in self.fragment.row_groups]
+        keys = ds.get_partition_keys(self.fragment.partition_expression)
+        try:
+            with (
+                self.fragment.filesystem.open_input_file(self.fragment.path) as opened,
+                pq.ParquetFile(opened, metadata=self.fragment.metadata, buffer_size=_READ_BYTES) as file,
+            ):
+                present = [name for name in columns if name in file.schema_arrow.names]
+                num_bytes = sum(_num_bytes(file.metadata.row_group(group), present) for group in groups)
+                at_once = max(1, min(rows, _BATCH_BYTES * max(1, self.num_rows) // max(1, num_bytes)))
+                at = 0
+                for batch in file.iter_batches(at_once, row_groups=groups, columns=present, use_threads=False):
+                    first, last = max(start - at, 0), min(end - at, batch.num_rows)
+                    at += batch.num_rows
+                    if first < last:
+                        piece = pa.Table.from_batches([batch.slice(first, last - first)])
+                        for name in [name for name in columns if name in keys and name not in present]:
+                            value = pa.scalar(keys[name], self.schema.field(name).type)
+                            piece = piece.append_column(name, pa.repeat(value, piece.num_rows))
+                        yield _cast(piece, list(columns), self.table, self.source)
+                    if at >= end:
+                        return
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
+            raise DataError(
+                f"{self.source} cannot be read like the table's other files ({error}). Write it again with their types."
+            ) from None
 
 
 def find_table(root: str, name: str) -> str | None:
@@ -88,7 +129,7 @@ def read_table(root: str, name: str, columns: Sequence[str] | None = None) -> ra
     names = list(columns) if columns is not None else table.schema.names
     present = [column for column in names if column in dataset.schema.names]
     if _is_delta(uri):
-        rows = ray.data.read_delta(uri, columns=present)
+        rows = ray.data.read_delta(uri, columns=present, storage_options=delta_options(uri))
     else:
         filesystem, _ = artifacts.filesystem(uri)
         rows = ray.data.read_parquet(list(dataset.files), filesystem=filesystem, columns=present)
@@ -104,14 +145,17 @@ def open_dataset(uri: str, name: str) -> ds.Dataset:
     """
     try:
         if _is_delta(uri):
-            dataset = deltalake.DeltaTable(uri).to_pyarrow_dataset(filesystem=artifacts.folder_filesystem(uri))
+            table = deltalake.DeltaTable(uri, storage_options=delta_options(uri))
+            dataset = table.to_pyarrow_dataset(filesystem=artifacts.folder_filesystem(uri))
         else:
             filesystem, path = artifacts.filesystem(uri)
             dataset = ds.dataset(path, filesystem=filesystem, format="parquet", partitioning="hive")
         validate_schema(dataset.schema, TABLES[name], uri)
-        if not dataset.count_rows():
+        if not any(unread(fragment).count_rows() for fragment in dataset.get_fragments()):
             raise DataError(f"{uri} is empty: it has no rows. Fill it, or set data.root to another folder.")
     except (pa.ArrowInvalid, OSError) as error:
+        if (told := storage_error(error, uri)) is not None:
+            raise told from None
         raise DataError(f"{uri} cannot be read as Parquet ({error}). Write it again as Parquet or Delta.") from None
     return dataset
 
@@ -122,22 +166,39 @@ def shards(uri: str, name: str, rows: int = 100_000, max_bytes: int = 256 * 2**2
     Raises:
         DataError: as open_dataset.
     """
+    return list(iter_shards(uri, name, rows, max_bytes))
+
+
+def iter_shards(uri: str, name: str, rows: int = 100_000, max_bytes: int = 256 * 2**20) -> Iterator[Shard]:
+    """As `shards`, one by one: of the files' footers one is in memory at a time, if the caller keeps no shard."""
     table, dataset = TABLES[name], open_dataset(uri, name)
-    found: list[Shard] = []
     first_row = 0
-    for fragment in dataset.get_fragments():
+    for kept in dataset.get_fragments():
+        fragment = unread(kept)
         group: list[int] = []
         num_rows = size = 0
-        for info in [*fragment.row_groups, None]:
+        try:
+            infos = [*fragment.row_groups, None]
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{fragment.path} cannot be read as Parquet ({error}). Write it again as Parquet or Delta."
+            ) from None
+        for info in infos:
             full = info is not None and (num_rows + info.num_rows > rows or size + info.total_byte_size > max_bytes)
             if num_rows and (info is None or full):
                 piece = fragment.subset(row_group_ids=group)
-                found.append(Shard(table, fragment.path, dataset.schema, piece, first_row, num_rows))
+                yield Shard(table, fragment.path, dataset.schema, piece, first_row, num_rows)
                 first_row, group, num_rows, size = first_row + num_rows, [], 0, 0
             if info is not None:
                 group.append(info.id)
                 num_rows, size = num_rows + info.num_rows, size + info.total_byte_size
-    return found
+
+
+def unread(fragment: ds.ParquetFileFragment, row_groups: Sequence[int] | None = None) -> ds.ParquetFileFragment:
+    """The same file, or some of its row groups, without the footer, which a fragment keeps once it was looked at."""
+    return fragment.format.make_fragment(
+        fragment.path, fragment.filesystem, fragment.partition_expression, row_groups=row_groups
+    )
 
 
 def validate_schema(schema: pa.Schema, table: TableSchema, source: str) -> None:
@@ -159,6 +220,11 @@ def validate_schema(schema: pa.Schema, table: TableSchema, source: str) -> None:
             problems.append(f"{source}: column {name!r} is {met}, but must be {wanted}. Convert it and write it again.")
     if problems:
         raise DataError("\n".join(sorted(problems)))
+
+
+def _num_bytes(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
 
 
 def _castable(met: pa.DataType, wanted: pa.DataType) -> bool:

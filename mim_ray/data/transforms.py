@@ -103,6 +103,14 @@ def check_image(data: bytes, max_bytes: int = 8_000_000, max_pixels: int = 50_00
         raise BadImage("image corrupt", str(error)) from None
 
 
+def check_limits(data: bytes, max_bytes: int = 8_000_000, max_pixels: int = 50_000_000) -> None:
+    """Raise BadImage where bytes or pixels are beyond the limits; looks at the header only."""
+    try:
+        _open(data, max_bytes, max_pixels)
+    except _DECODE_ERRORS as error:
+        raise BadImage("image corrupt", str(error)) from None
+
+
 def clean_title(title: str | None, max_chars: int = 2_000) -> str | None:
     """White space collapsed, cut to `max_chars`; None where nothing is left."""
     return " ".join(title.split())[:max_chars].strip() or None if title else None

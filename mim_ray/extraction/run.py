@@ -1,21 +1,21 @@
 """MFM's writer (paper Section 3.5): the embeddings of all items, from the items table into the Delta log and a snapshot.
 
-    read and decode (CPU tasks) -> encode (a fixed pool of actors) -> write files (tasks) -> commit whole shards (driver)
+    read and decode -> encode -> write a file (a fixed pool of actors, with decoding tasks on CPUs where they have GPUs)
+      -> commit whole shards every few seconds (the job)
 
 Rows become visible while the job runs. A job that died is started again as it was: shards that the table has are skipped.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy
 
 from mim_ray import artifacts
 from mim_ray.config.scenario import Extraction, Scenario
@@ -24,12 +24,14 @@ from mim_ray.data.rejects import write_rejects
 from mim_ray.data.sources import require_table
 from mim_ray.data.transforms import PictureFormat
 from mim_ray.errors import ArtifactError
-from mim_ray.extraction.embed import Embedder, Encode, load_encoder
-from mim_ray.extraction.plan import plan, without
-from mim_ray.extraction.read import Decoding, ItemShards
-from mim_ray.extraction.write import STAGE, Committer, OpenShards, read_rejects_of, write_pieces
+from mim_ray.extraction.embed import Encode, Model, Work, load_encoder
+from mim_ray.extraction.plan import plan
+from mim_ray.extraction.pool import EncoderPool, shares
+from mim_ray.extraction.read import Decoding
+from mim_ray.extraction.write import STAGE, Committer, read_rejects_of
 from mim_ray.representation_center.build import build_snapshot
-from mim_ray.representation_center.data_files import Fragment
+from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.representation_center.snapshot_line import current_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.runtime.cluster import user_error
 from mim_ray.runtime.progress import Progress, format_seconds
@@ -78,6 +80,7 @@ def run(
         decoding=decoding,
         settings=scenario.extraction,
         rejects=f"{center}/rejects/{version}",
+        snapshots=f"{center}/snapshots/{version}",
         load=partial(load_encoder, precision=scenario.extraction.precision, compile=scenario.extraction.compile),
     )
     counts = write_rejects(rejects, STAGE, done.rejects)
@@ -116,86 +119,72 @@ def extract(
     settings: Extraction,
     rejects: str,
     load: Callable[[str, bool], Encode] = load_encoder,
+    snapshots: str | None = None,
+    pool: EncoderPool | None = None,
 ) -> Extracted:
     """Fill the table with the embeddings of the items table at `items`; each shard exactly once, however often it starts.
 
     Args:
         encoder: URI that `load` understands. rejects: folder for what cannot be used, kept for restarts.
+        snapshots: line of this encoder version; content that its snapshot has is copied instead of encoded.
+        pool: of actors that hold this encoder already; without one actors are started for this job.
     """
     start = time.monotonic()
-    units = plan(items, settings.shard_rows, [encoder_version, asdict(decoding)])
-    shards = {piece.shard_id: piece.stop - piece.start for unit in units for piece in unit.slices}
-    found = table.committed_shards(encoder_version) & shards.keys()
-    left = without(units, found)
-    num_left = sum(unit.num_rows for unit in left)
-    if left:
-        open_shards = OpenShards(shards)
-        files = _files(left, table, encoder, encoder_version, decoding, settings, rejects, load)
+    planned = plan(items, settings.shard_rows, [encoder_version, asdict(decoding)])
+    done = table.committed_shards(encoder_version)
+    num_found, rows_found = planned.count(done)
+    num_left = planned.num_rows - rows_found
+    if num_left:
+        work = Work(
+            encoder_version=encoder_version,
+            decoding=decoding,
+            batch_size=settings.batch_size,
+            table=table.uri,
+            rejects=rejects,
+            snapshot=_known_content(snapshots, encoder_version) if settings.reuse_snapshot else None,
+        )
         try:
             with (
+                nullcontext(pool) if pool is not None else encoder_pool(encoder, settings, load) as actors,
                 Committer(table, settings.commit_every_s) as committer,
                 Progress("extraction", total=num_left, unit="items") as progress,
             ):
-                for batch in files.iter_batches(batch_size=None, batch_format="pyarrow"):
-                    for row in pa.table(batch).to_pylist():
-                        fragment = Fragment(**json.loads(row["fragment"]))
-                        committer.add(open_shards.add(row["shard_id"], row["rows"], fragment))
-                        progress.add(len(row["rows"]))
+                for file in actors.run(planned.units(done), work):
+                    committer.add([file.fragment])
+                    progress.add(file.num_rows)
         except Exception as error:  # Ray wraps what its workers raise; tell the user's own mistake plainly
             known = user_error(error)
             if known is None:
                 raise
             raise known from None
-        lost = len(shards.keys() - table.committed_shards(encoder_version))
+        done = table.committed_shards(encoder_version)
+        lost = planned.num_shards - planned.count(done)[0]
         if lost:
             raise ArtifactError(f"{lost} shards of {items} did not reach {table.uri}. Run the extraction again.")
     return Extracted(
-        num_rows=sum(shards.values()),
-        num_shards=len(shards),
-        num_shards_found=len(found),
+        num_rows=planned.num_rows,
+        num_shards=planned.num_shards,
+        num_shards_found=num_found,
         num_rows_done=num_left,
         seconds=time.monotonic() - start,
-        rejects=read_rejects_of(shards, table=table, rejects=rejects, encoder_version=encoder_version),
+        rejects=read_rejects_of(planned, rejects),
     )
 
 
-def _files(
-    units: list,
-    table: EmbeddingTable,
-    encoder: str,
-    encoder_version: str,
-    decoding: Decoding,
-    settings: Extraction,
-    rejects: str,
-    load: Callable[[str, bool], Encode],
-) -> ray.data.Dataset:
-    """The pipeline up to the written files, as a lazy dataset."""
-    actor_cpus, task_cpus = _cpu_shares(settings)
-    prepared = ray.data.read_datasource(
-        ItemShards(units, decoding, settings.batch_size), override_num_blocks=len(units), num_cpus=task_cpus
-    )
-    encoded = prepared.map_batches(
-        Embedder,
-        fn_constructor_args=(encoder, decoding.picture.size, settings.gpus_per_actor > 0, load),
-        batch_size=settings.batch_size,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=settings.num_actors),
-        num_cpus=actor_cpus,
-        num_gpus=settings.gpus_per_actor or None,
-        label_selector={},  # selects all nodes, but is unlike the tasks': decoding is then not fused into the actors
-    )
-    return encoded.map_batches(
-        partial(write_pieces, table=table.uri, rejects=rejects, encoder_version=encoder_version),
-        batch_size=settings.shard_rows,
-        batch_format="pyarrow",
-        num_cpus=task_cpus / 4,
-    )
+def encoder_pool(encoder: str, settings: Extraction, load: Callable[[str, bool], Encode] = load_encoder) -> EncoderPool:
+    """The actors that `settings` ask for of this cluster, with the encoder saved at `encoder`."""
+    there = ray.cluster_resources()
+    parts = shares(settings, there.get("CPU", 0.0), there.get("GPU", 0.0))
+    return EncoderPool(Model(encoder, load, settings.gpus_per_actor > 0), parts)
 
 
-def _cpu_shares(settings: Extraction) -> tuple[float, float]:
-    """CPUs of an actor and of a decoding task: as configured, less where a machine is too small for both at once."""
-    total = ray.cluster_resources().get("CPU", 0.0)
-    wanted = settings.num_actors * settings.cpus_per_actor
-    if total < 1 or wanted + 1 <= total:  # a cluster that still has to grow shows no CPUs
-        return settings.cpus_per_actor, 1.0
-    return min(settings.cpus_per_actor, total / 2 / settings.num_actors), min(1.0, total / 4)
+def _known_content(line: str | None, encoder_version: str) -> str | None:
+    """The snapshot of this encoder version whose content is copied: exactly as the encoder gave it, so in float32 only."""
+    if line is None or current_snapshot(line) is None:
+        return None
+    try:
+        snapshot = Snapshot.open(line)
+    except ArtifactError:
+        return None  # damaged: the job needs it for speed only, and builds the next one
+    exact = snapshot.encoder_version == encoder_version and snapshot.dtype == "float32" and snapshot.num_rows > 0
+    return snapshot.uri if exact else None

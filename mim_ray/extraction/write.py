@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -16,6 +14,8 @@ import pyarrow.parquet as pq
 from mim_ray import artifacts
 from mim_ray.data.rejects import reject_rows
 from mim_ray.data.schema import REJECTS
+from mim_ray.extraction.plan import Plan
+from mim_ray.extraction.read import MAX_ID_BYTES
 from mim_ray.representation_center.data_files import Fragment, write_fragment
 from mim_ray.representation_center.table import EmbeddingTable
 
@@ -23,68 +23,39 @@ STAGE = "extraction"
 TABLE_COLUMNS = ["item_id", "embedding", "content_hash", "content_at", "category"]
 
 
-def write_pieces(batch: pa.Table, *, table: str, rejects: str, encoder_version: str) -> pa.Table:
-    """Write a batch's rows as one file per shard met; rejects beside, under the same name.
+@dataclass(frozen=True)
+class ShardFile:
+    """A finished shard: the file that holds its rows, which no commit names yet, and how many rows it accounts for."""
 
-    Returns:
-        A row per file: shard_id, rows (list: numbers in the shard that the file accounts for), fragment (JSON).
-    """
-    shards, numbers, fragments = [], [], []
-    for shard_id in pc.unique(batch["shard_id"]).to_pylist():
-        rows = batch.filter(pc.equal(batch["shard_id"], shard_id))
-        good = rows.filter(pc.is_null(rows["drop_reason"])).select(TABLE_COLUMNS)
-        fragment = write_fragment(table, good, encoder_version=encoder_version, shard_id=shard_id)
-        unusable = _unusable(rows)
-        if unusable.num_rows:
-            sink = pa.BufferOutputStream()
-            pq.write_table(unusable, sink)
-            artifacts.write_bytes(f"{rejects}/{_name(fragment.path)}", sink.getvalue().to_pybytes())
-        shards.append(shard_id)
-        numbers.append(rows["row"].to_pylist())
-        fragments.append(json.dumps(asdict(fragment)))
-    return pa.table(
-        {
-            "shard_id": pa.array(shards, pa.string()),
-            "rows": pa.array(numbers, pa.list_(pa.int64())),
-            "fragment": pa.array(fragments, pa.string()),
-        }
-    )
+    num_rows: int
+    fragment: Fragment
 
 
-def read_rejects_of(shard_ids: Iterable[str], *, table: EmbeddingTable, rejects: str, encoder_version: str) -> pa.Table:
-    """Rejects of those shards that are in the table. Files of attempts that were never committed do not count."""
-    wanted = set(shard_ids)
-    files = {file.rpartition("/")[2]: file for file in artifacts.list_files(rejects, ".parquet")}
-    tables = []
-    for committed in table.scan(encoder_version)[1]:
-        name = _name(committed.path)
-        if name in files and name.removeprefix("batch-").rpartition("-")[0] in wanted:
-            tables.append(pq.read_table(pa.BufferReader(artifacts.read_bytes(files[name]))))
-    return pa.concat_tables(tables) if tables else REJECTS.schema.empty_table()
+def write_shard(rows: pa.Table, *, shard_id: str, table: str, rejects: str, encoder_version: str) -> ShardFile:
+    """Write a shard's rows (embed.resolve) as one file of the table; its rejects, if any, beside under the same name."""
+    good = rows.filter(pc.is_null(rows["drop_reason"])).select(TABLE_COLUMNS)
+    fragment = write_fragment(table, good, encoder_version=encoder_version, shard_id=shard_id)
+    unusable = _unusable(rows)
+    if unusable.num_rows:
+        sink = pa.BufferOutputStream()
+        pq.write_table(unusable, sink)
+        artifacts.write_bytes(f"{rejects}/{_name(fragment.path)}", sink.getvalue().to_pybytes())
+    return ShardFile(rows.num_rows, fragment)
 
 
-@dataclass
-class OpenShards:
-    """Collects the files of each shard, however the engine cut and merged blocks, until all of its rows are there.
+def read_rejects_of(plan: Plan, rejects: str) -> pa.Table:
+    """Rejects of the plan's shards, all of which are in the table. Of a shard that was made twice the first file counts:
+    equal shards have equal rejects."""
+    by_shard: dict[str, str] = {}
+    for file in artifacts.list_files(rejects, ".parquet"):
+        by_shard.setdefault(_name(file).removeprefix("batch-").rpartition("-")[0], file)
 
-    Attributes:
-        sizes: shard id -> number of its rows.
-    """
+    def read(file: str) -> pa.Table:
+        return pq.read_table(pa.BufferReader(artifacts.read_bytes(file)))
 
-    sizes: dict[str, int]
-    _missing: dict[str, np.ndarray] = field(default_factory=dict)
-    _files: dict[str, list[Fragment]] = field(default_factory=dict)
-
-    def add(self, shard_id: str, rows: Iterable[int], fragment: Fragment) -> list[Fragment]:
-        """Note a file; the shard's files once it is complete, else none. A file met again changes nothing."""
-        missing = self._missing.setdefault(shard_id, np.ones(self.sizes[shard_id], bool))
-        numbers = np.asarray(list(rows), np.int64)
-        if not missing[numbers].all():  # the engine ran a task twice and its first result was used
-            assert not missing[numbers].any(), f"two files share some rows of shard {shard_id}, not all"
-            return []
-        missing[numbers] = False
-        self._files.setdefault(shard_id, []).append(fragment)
-        return [] if missing.any() else self._files.pop(shard_id)
+    with ThreadPoolExecutor(8) as pool:
+        wanted = [by_shard[shard_id] for shard_id in plan.shard_ids() if shard_id in by_shard] if by_shard else []
+        return pa.concat_tables([REJECTS.schema.empty_table(), *pool.map(read, wanted)])
 
 
 class Committer:
@@ -133,7 +104,7 @@ class Committer:
 def _unusable(rows: pa.Table) -> pa.Table:
     found = []
     for row in rows.select(["item_id", "row", "image_reason", "image_detail", "drop_reason"]).to_pylist():
-        key = row["item_id"] or f"row {row['row']}"
+        key = (row["item_id"] or f"row {row['row']}")[:MAX_ID_BYTES]
         if row["image_reason"] is not None:
             found.append((key, row["image_reason"], row["image_detail"] or ""))
         if row["drop_reason"] is not None:
@@ -143,6 +114,7 @@ def _unusable(rows: pa.Table) -> pa.Table:
 
 _DETAILS = {
     "no item id": "the row has no item_id",
+    "item id too long": f"the id has more than {MAX_ID_BYTES} bytes",
     "duplicate item id": "the first row with this id is used",
     "no content": "neither a usable image nor a title, so there is nothing to embed",
 }

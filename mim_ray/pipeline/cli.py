@@ -5,11 +5,16 @@ Libraries are imported when the command line has been read, so that `--help` and
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mim_ray.config import Scenario, scenario_from_cli
-from mim_ray.errors import MimRayError
+from mim_ray.errors import ConfigError, MimRayError
+from mim_ray.object_store import storage_error
+
+_UNITS = {"s": 1, "m": 60, "min": 60, "h": 3_600, "d": 86_400}
 
 
 def job_main(doc: str | None, prefix: str, argv: Sequence[str] | None = None) -> None:
@@ -35,21 +40,40 @@ def run_all_main(doc: str | None, argv: Sequence[str] | None = None) -> None:
     _run(doc, job, argv)
 
 
-def _run(doc: str | None, job: Callable[[Scenario], None], argv: Sequence[str] | None) -> None:
+def duration_s(text: str, option: str) -> float:
+    """Seconds of a duration on the command line: 60s, 5min, 2h, 1d.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or (match[2] or "s") not in _UNITS or float(match[1]) <= 0:
+        raise ConfigError(f"{option} {text} is no duration. Give a number with a unit: 60s, 5min, 2h.")
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+@contextlib.contextmanager
+def told(stopped: str) -> Iterator[None]:
+    """A user's mistake in the block is a sentence and exit status 2; Ctrl-C says `stopped`."""
     try:
-        job(scenario_from_cli(doc, argv))
+        yield
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on after the last finished stage.", file=sys.stderr)
+        print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
     except MimRayError as error:
         _tell(error)
     except Exception as error:
         from mim_ray.runtime.cluster import user_error
 
-        cause = user_error(error)
+        cause = user_error(error) or storage_error(error)
         if cause is None:
             raise
         _tell(cause)
+
+
+def _run(doc: str | None, job: Callable[[Scenario], None], argv: Sequence[str] | None) -> None:
+    with told("Stopped. The same command goes on after the last finished stage."):
+        job(scenario_from_cli(doc, argv))
 
 
 def _tell(error: MimRayError) -> None:

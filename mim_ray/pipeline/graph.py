@@ -51,7 +51,13 @@ def pipeline(scenario: Scenario) -> Pipeline:
             resumes=True,
         ),
         Stage("csft", "C-SFT", ("csft",), ("samples", "pretraining"), _csft, resumes=True),
-        Stage("extraction", "Extraction and snapshot", ("extraction",), ("samples", encoder_stage), _extraction),
+        Stage(
+            "extraction",
+            "Extraction and snapshot",
+            ("extraction", "run.center"),
+            ("samples", encoder_stage),
+            _extraction,
+        ),
     ]
     sources = {"base": ("samples",), "mim": ("samples", "extraction"), "style": ("shop", "samples")}
     variants = scenario.ciubm.variants

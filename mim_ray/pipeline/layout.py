@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mim_ray.artifacts import absolute_uri, run_root
+from mim_ray.artifacts import absolute_uri, center_root, run_root
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import ENCODER_FOLDERS, Encoding
 
 
 @dataclass(frozen=True)
 class Layout:
-    """URIs of a run. `data_root` is the user's folder, or the synthetic shop's."""
+    """URIs of a run. `data_root` is the user's folder, or the synthetic shop's; `center` may be shared with other runs."""
 
     root: str
     data_root: str
+    center: str
 
     @classmethod
     def of(cls, scenario: Scenario) -> Layout:
@@ -24,7 +25,7 @@ class Layout:
         """
         root = run_root(scenario)
         data_root = f"{root}/shop" if scenario.data.root is None else absolute_uri(scenario.data.root)
-        return cls(root, data_root)
+        return cls(root, data_root, center_root(scenario))
 
     def stage(self, name: str) -> str:
         """Folder of the artifact of the stage called `name`."""
@@ -33,10 +34,6 @@ class Layout:
     @property
     def samples(self) -> str:
         return f"{self.root}/samples"
-
-    @property
-    def center(self) -> str:
-        return f"{self.root}/center"
 
     @property
     def rejects(self) -> str:

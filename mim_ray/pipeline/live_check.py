@@ -27,6 +27,7 @@ from mim_ray.representation_center.updates import append_segment, segment_rows
 from mim_ray.runtime.progress import Progress
 from mim_ray.runtime.summary import StageResult
 from mim_ray.serving import local
+from mim_ray.serving.served import Served
 
 NUM_CANDIDATES = 200
 NUM_REQUESTS = 50
@@ -51,7 +52,7 @@ def run(scenario: Scenario, layout: Layout) -> StageResult:
     scenario = with_settings(scenario, "serving", port=0)
     item = _unseen_item(scenario, layout)
     user, behaviors, candidates = _a_user(scenario, layout)
-    base = local.start(scenario)
+    base = local.start(scenario, Served.of_run(scenario))
     try:
         before = _rank(base, user, [*candidates, item.item_id])
         start = time.monotonic()

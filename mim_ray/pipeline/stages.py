@@ -26,7 +26,7 @@ from mim_ray.runtime.summary import StageResult, format_summary
 # Settings that say how a stage is executed or which stages there are, not what one stage puts out.
 _EXECUTION = frozenset({"threads_per_worker", "cpus_per_worker", "max_failures", "use_gpu", "commit_every_s"})
 _EXECUTION |= {"num_actors", "cpus_per_actor", "gpus_per_actor", "variants", "in_driver", "checkpoint_every_steps"}
-_EXECUTION |= {"num_decoders"}
+_EXECUTION |= {"num_decoders", "reuse_snapshot"}
 _USER_TABLES = ("items", "interactions", "impressions", "interest_pairs")
 
 

@@ -22,9 +22,10 @@ from mim_ray.representation_center.snapshot_writer import SnapshotWriter
 from mim_ray.representation_center.table import EmbeddingTable, current_row_numbers, times
 
 COLUMNS = ["item_id", "embedding", "content_hash", "content_at", "commit_version", "shard_id", "deleted"]
-MEMORY_BYTES = 2**29
+MEMORY_BYTES = 2**28
 _ROW_BYTES = 250  # of a row beside its embedding: id, content hash, shard id, times, and what sorting them takes
-_COPIES = 3  # of an embedding at once: as read, as chosen, as sorted
+_COPIES = 2  # of an embedding at once: as it was read, and joined
+_PIECE_ROWS = 2**15
 
 
 def build_snapshot(
@@ -43,7 +44,8 @@ def build_snapshot(
     Args:
         line: URI of the line, center/snapshots/<encoder_version>.
         keep: how many states stay for a roll-back, the new one included.
-        memory_bytes: what the rows in memory may take; when the log is larger its rows are spilled to disk, beside the line
+        memory_bytes: what the rows in memory may take (the process takes about twice that, and no more for a larger log);
+            when the log is larger its rows are spilled to disk, beside the line
             or, where that is remote, in $TMPDIR.
 
     Raises:
@@ -119,18 +121,19 @@ class _Ranges:
         if self._num_buffered > self._memory_bytes:
             self._flush()
 
-    def pop(self, part: int, memory_bytes: int) -> pa.Table:
-        """Last row of each item of the range, deleted ones too."""
+    def pop(self, part: int, memory_bytes: int) -> pa.Table | None:
+        """Rows of the range, the last one of each item among them."""
         rows, size = [], 0
         for piece in self._pieces(part):
             rows.append(piece)
             size += piece.nbytes
             if size > memory_bytes:  # many old rows of few items: drop them on the way
-                rows = [_last_rows(pa.concat_tables(rows))]
+                joined = pa.concat_tables(rows)
+                rows = [joined.take(pa.array(current_row_numbers(joined, deleted=True)))]
                 size = rows[0].nbytes
         self._paths[part].unlink(missing_ok=True)
         self._buffers[part] = []
-        return _last_rows(pa.concat_tables(rows)) if rows else None
+        return pa.concat_tables(rows) if rows else None
 
     def _pieces(self, part: int) -> Iterator[pa.Table]:
         if self._paths[part].exists():
@@ -149,29 +152,26 @@ class _Ranges:
         self._num_buffered = 0
 
 
-def _last_rows(rows: pa.Table) -> pa.Table:
-    return rows.take(pa.array(current_row_numbers(rows, deleted=True)))
-
-
 def _append(writer: SnapshotWriter, rows: pa.Table | None, width: int) -> None:
-    """Add a range's rows that are not deleted, in the order of their hashes."""
+    """Add the current rows of a range in the order of their hashes. Embeddings are copied once, then piece by piece."""
     if rows is None:
         return
-    rows = rows.filter(pa.compute.invert(rows["deleted"])).combine_chunks()
-    ids = string_array(rows["item_id"])
+    current = current_row_numbers(rows)
+    ids = string_array(rows["item_id"]).take(pa.array(current))
     hashes = hash_ids(ids)
     order = sorted_order(ids, hashes)
-    matrix = rows["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
     content_at = times(rows["content_at"])
-    digests, _ = content_digests(rows["content_hash"])
-    for start in range(0, len(order), 2**15):
-        piece = order[start : start + 2**15]
+    contents = string_array(rows["content_hash"])
+    matrix = rows["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    for start in range(0, len(order), _PIECE_ROWS):
+        piece = order[start : start + _PIECE_ROWS]
+        numbers = current[piece]
         writer.append(
             hashes[piece],
             ids.take(pa.array(piece)),
-            matrix[piece],
-            content_at=content_at[piece],
-            digests=digests[piece],
+            matrix[numbers],
+            content_at=content_at[numbers],
+            digests=content_digests(contents.take(pa.array(numbers)))[0],
         )
 
 

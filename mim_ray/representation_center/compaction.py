@@ -1,7 +1,7 @@
 """Keeping the embedding log small: merge its many files into few, and drop what deleted items left.
 
     compact(table, encoder_version)                          # size-tiered; cheap, run it every few minutes
-    purge(table, encoder_version, before=…, until=…)         # deletions older than `before`, and the rows that they hide
+    purge(table, encoder_version, before=…, …)               # deletions older than `before`, and the rows that they hide
 
 *What may be merged.* Files of contiguous commit versions of one encoder version. Of each item the range's current row stays
 (a deletion, too), under the greatest commit_version of the range: no row's place among the rows outside the range changes, so
@@ -23,11 +23,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from mim_ray import artifacts
 from mim_ray.data.ids import hash_ids
 from mim_ray.representation_center.compacted_files import CompactedFiles
 from mim_ray.representation_center.current_rows import current_row_numbers, times
@@ -80,7 +83,7 @@ def compact(
     *,
     keep_apart: Sequence[int] = (),
     fan_in: int = FAN_IN,
-    forget_segments_before: tuple[int, int] | None = None,
+    forget_segments_before: datetime | None = None,
     rows_in_memory: int = ROWS_IN_MEMORY,
 ) -> Compacted:
     """Merge what may be merged and is worth it, until nothing is left.
@@ -88,8 +91,8 @@ def compact(
     Args:
         keep_apart: Delta versions that snapshots in use show. No range crosses one of them, so that a reader of such a
             snapshot finds what came after it without reading what came before.
-        forget_segments_before: (nanoseconds, commit version): marks of window segments written before and committed not
-            after are dropped; nobody can fold these again.
+        forget_segments_before: marks of window segments that were written and committed before are dropped. Nobody may
+            have such a segment any more, or it would be folded again.
         rows_in_memory: most rows whose keys are held in memory (a temporary folder holds more).
     """
     done = Compacted()
@@ -110,26 +113,37 @@ def purge(
     encoder_version: str,
     *,
     before: datetime,
-    until: int,
+    committed_before: datetime,
+    until: int | None = None,
     overdue_before: datetime | None = None,
     rows_in_memory: int = ROWS_IN_MEMORY,
 ) -> Compacted:
     """Drop deletions of items older than `before`, with every row that they hide: afterwards the log's files hold nothing
     of these items.
 
-    It rewrites the log from its beginning to `until`; nothing happens where no deletion is older than `overdue_before`.
+    It rewrites the log from its beginning; nothing happens where no deletion is older than `overdue_before`.
 
     Args:
         before: deletions whose content_at is earlier (or missing) go.
-        until: Delta version; later commits are left alone. Every snapshot in use must show this version or a later one, and
-            no write that began before it may still be on its way: they would bring the items back.
+        committed_before: only where they were committed before, too. No write that began earlier may still be on its way:
+            it would bring the item back.
+        until: only those of this Delta version and earlier ones: every snapshot in use must show it or a later one.
         overdue_before: default `before`; an earlier time makes rewriting rarer.
     """
     _, files = table.scan(encoder_version)
-    chosen = [file for file in files if file.commit_version <= until]
-    if not any(_has_deletion(file, before if overdue_before is None else overdue_before) for file in chosen):
+    latest_ms = committed_before.timestamp() * 1e3
+    chosen = list(
+        takewhile(
+            lambda file: file.committed_at_ms < latest_ms and (until is None or file.commit_version <= until),
+            _in_order(files),
+        )
+    )
+    while chosen and any(file.commit_version == chosen[-1].commit_version for file in files if file not in chosen):
+        chosen.pop()  # whole commits only
+    limit = _microseconds(before if overdue_before is None else overdue_before)
+    if not any(_has_deletion(file, limit) for file in chosen):
         return Compacted()
-    return _merge(table, _in_order(chosen), rows_in_memory, None, purge_before=_microseconds(before))
+    return _merge(table, chosen, rows_in_memory, None, purge_before=_microseconds(before))
 
 
 def plan(files: Sequence[DataFile], *, keep_apart: Sequence[int] = (), fan_in: int = FAN_IN) -> list[list[DataFile]]:
@@ -179,7 +193,7 @@ def _merge(
     table: EmbeddingTable,
     files: Sequence[DataFile],
     rows_in_memory: int,
-    forget: tuple[int, int] | None,
+    forget: datetime | None,
     purge_before: int | None,
 ) -> Compacted:
     kept, num_purged = _winners(files, rows_in_memory, purge_before)
@@ -251,17 +265,25 @@ def _key_parts(
             yield keys.drop_columns("place"), keys["place"].to_numpy()
 
 
-def _remembered(marks: Marks, file: DataFile, forget: tuple[int, int] | None) -> Marks:
-    if forget is None or file.commit_version > forget[1]:
+def _remembered(marks: Marks, file: DataFile, forget: datetime | None) -> Marks:
+    if forget is None or file.committed_at_ms >= forget.timestamp() * 1e3:
         return marks
-    return replace(marks, segments=frozenset(name for name in marks.segments if segment_time(name) >= forget[0]))
+    limit = int(forget.timestamp() * 1e9)
+    return replace(marks, segments=frozenset(name for name in marks.segments if segment_time(name) >= limit))
 
 
-def _has_deletion(file: DataFile, before: datetime) -> bool:
-    limit = _microseconds(before)
-    for rows in file.batches(["content_at", "deleted"], rows=1_000_000):
-        if (rows["deleted"].to_numpy() & (times(rows["content_at"]) < limit)).any():
-            return True
+def _has_deletion(file: DataFile, before: int) -> bool:
+    """Whether the file holds a deletion whose content_at is earlier. Only row groups that hold any deletion are read."""
+    fs, path = artifacts.filesystem(file.uri)
+    with pq.ParquetFile(path, filesystem=fs) as source:
+        names = [source.schema.column(number).path for number in range(len(source.schema))]
+        column = names.index("deleted")
+        for group in range(source.metadata.num_row_groups):
+            statistics = source.metadata.row_group(group).column(column).statistics
+            if statistics is None or not statistics.has_min_max or statistics.max:
+                rows = source.read_row_group(group, columns=["content_at", "deleted"])
+                if (rows["deleted"].to_numpy() & (times(rows["content_at"]) < before)).any():
+                    return True
     return False
 
 

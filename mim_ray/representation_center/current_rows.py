@@ -20,9 +20,12 @@ FROM (
         ORDER BY content_at DESC NULLS LAST, commit_version DESC, shard_id DESC
     ) AS place
     FROM item_embeddings
+    WHERE commit_version IS NOT NULL
 ) AS ranked
 WHERE place = 1 AND NOT deleted
 """
+"""For any SQL engine that reads Delta. A reader that takes partition values from the files' paths instead of the log (Polars
+without use_pyarrow=True) has no commit_version: it gets no rows, rather than wrong ones."""
 
 
 def current_row_numbers(rows: pa.Table, *, deleted: bool = False) -> np.ndarray:

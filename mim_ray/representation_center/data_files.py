@@ -63,6 +63,7 @@ class DataFile:
 
     Attributes:
         path: relative to the table, as the log writes it (URL-encoded).
+        committed_at_ms: milliseconds since 1970 at which the newest of its rows was committed.
         shard_range: least and greatest shard id; None where the file marks none.
     """
 
@@ -72,6 +73,7 @@ class DataFile:
     num_rows: int
     encoder_version: str
     commit_version: int
+    committed_at_ms: int
     shard_range: tuple[str, str] | None
 
     @property

@@ -1,7 +1,7 @@
 """Item id -> row number for many ids at once: sorted 64-bit hashes beside the ids themselves, no Python object per id.
 
-A lookup hashes all ids in a few NumPy passes, finds the few rows whose hash begins with the same bits in a table of prefixes,
-steps to the hash and compares the ids' bytes eight at a time, so that it is exact even where two ids share a hash. Unlike
+A lookup hashes all ids in a few NumPy passes, finds in a table of prefixes where the hashes that begin like it stand, steps
+to the hash and compares the ids' bytes eight at a time, so that it is exact even where two ids share a hash. Unlike
 `data.ids.IdIndex` the ids stand in the order of their hashes, so that all arrays can be files that are memory mapped and any
 range of hashes is a range of rows (`shard_of`).
 """
@@ -13,11 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from mim_ray.data.ids import IdBytes, Ids, hash_ids
+from mim_ray.data.ids import IdBytes, Ids, hash_ids, tail_masks
 
 KEY_PADDING = 24
 """Zero bytes behind the last id, so that two aligned words can be read from any position."""
-_HALF = np.uint64(32)
+GROUP_BITS = 6
+_HALF, _THREE, _SEVEN, _WORD_BITS = np.uint64(32), np.uint64(3), np.uint64(7), np.uint64(64)
 
 
 class KeyIndex:
@@ -28,11 +29,10 @@ class KeyIndex:
         offsets: (N + 1,) uint32, where each id begins, modulo 2^32.
         key_bytes: uint8, the ids in UTF-8 one after another in the order of their hashes, then `KEY_PADDING` zeros;
             begins at a multiple of 8 in memory.
-        buckets: (B + 1,) unsigned, first row of each value of a hash's leading bits (`bucket_table`), or a part of it.
-        first_bucket: number of the first entry of `buckets`. first_row: number of the first row, which its entries count in.
-        bucket_bits: how many leading bits.
-        wraps: numbers of the rows, counted as `first_row` is, at which the offsets begin at 0 again.
+        buckets: the table of prefixes, or the part of it for these rows.
+        first_row: number of the first row, which `buckets` and `wraps` count in.
         first_byte: place of key_bytes[0] in the whole, for offsets.
+        wraps: rows at which the offsets begin at 0 again.
     """
 
     def __init__(
@@ -40,17 +40,14 @@ class KeyIndex:
         hashes: np.ndarray,
         offsets: np.ndarray,
         key_bytes: np.ndarray,
-        buckets: np.ndarray,
+        buckets: Buckets,
         *,
-        bucket_bits: int,
-        first_bucket: int = 0,
         first_row: int = 0,
         first_byte: int = 0,
         wraps: Sequence[int] = (),
     ) -> None:
         self.hashes, self.offsets, self.key_bytes, self.buckets = hashes, offsets, key_bytes, buckets
-        self._shift = np.uint64(64 - bucket_bits)
-        self._first_bucket, self._first_row, self._first_byte = first_bucket, first_row, first_byte
+        self._first_row, self._first_byte = first_row, first_byte
         self._wraps = np.array(wraps, np.int64)
         self._words = key_bytes[: len(key_bytes) // 8 * 8].view(np.uint64)
 
@@ -62,7 +59,7 @@ class KeyIndex:
         """(N,) the ids in row order; their bytes are not copied, 8 bytes of offset are made for each."""
         lengths = np.diff(self.offsets)  # modulo 2^32, as the offsets
         starts = np.empty(len(self) + 1, np.int64)
-        starts[0] = self._starts(np.zeros(1, np.int64))[0]
+        starts[0] = self._starts(np.zeros(1, np.int64), self.offsets[:1])[0]
         np.cumsum(lengths, out=starts[1:], dtype=np.int64)
         starts[1:] += starts[0]
         return pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(starts), pa.py_buffer(self.key_bytes))
@@ -78,76 +75,126 @@ class KeyIndex:
             return np.full(len(array), -1, np.int64)
         keys = IdBytes.of(array)
         wanted = hash_ids(keys) if hashes is None else hashes
-        found = self._first_at_least(wanted)
-        pending = np.arange(len(keys))
+        rows = self._first_at_least(wanted)
+        alive = self.hashes.take(rows, mode="clip") == wanted
         if array.null_count:
-            pending = np.flatnonzero(np.asarray(array.is_valid(), bool))
-        rows = found[pending]
-        found[:] = -1
-        while len(pending):  # a second round only for ids whose hash belongs to several
-            alive = np.flatnonzero((self.hashes.take(rows, mode="clip") == wanted[pending]) & (rows < len(self)))
-            if len(alive) < len(pending):
-                pending, rows = pending[alive], rows[alive]
-            if not len(pending):
-                break
-            same = self._same(rows, keys, pending)
+            alive &= np.asarray(array.is_valid(), bool)
+        if alive.all():
+            same = self._same(rows, keys, None)
             if same.all():
-                found[pending] = rows
-                break
+                return rows
+        else:
+            same = np.zeros(len(keys), bool)
+            same[alive] = self._same(rows[alive], keys, np.flatnonzero(alive))
+        found = np.where(same, rows, -1)
+        pending = np.flatnonzero(alive & ~same)
+        rows = rows[pending]
+        while len(pending):  # ids whose hash belongs to several
+            rows += 1
+            alive = (self.hashes.take(rows, mode="clip") == wanted[pending]) & (rows < len(self))
+            pending, rows = pending[alive], rows[alive]
+            same = self._same(rows, keys, pending)
             found[pending[same]] = rows[same]
-            pending, rows = pending[~same], rows[~same] + 1
+            pending, rows = pending[~same], rows[~same]
         return found
 
     def _first_at_least(self, wanted: np.ndarray) -> np.ndarray:
-        """(n,) int64 first row whose hash is not less, looked for within the hash's own bucket."""
-        bucket = (wanted >> self._shift).view(np.int64)
-        if self._first_bucket:
-            bucket -= self._first_bucket
-        rows = self.buckets.take(bucket, mode="clip").astype(np.int64)
-        ends = self.buckets.take(bucket + 1, mode="clip").astype(np.int64)
+        """(n,) int64 first row whose hash is not less, from the first row of the hash's bucket on."""
+        rows = self.buckets.first_rows(wanted)
         if self._first_row:
             rows -= self._first_row
             np.maximum(rows, 0, out=rows)
-            ends -= self._first_row
-        pending = np.flatnonzero((self.hashes.take(rows, mode="clip") < wanted) & (rows < ends))
-        at, ends, wanted = rows[pending] + 1, ends[pending], wanted[pending]
+        pending = np.flatnonzero(self.hashes.take(rows, mode="clip") < wanted)
+        at, wanted = rows[pending], wanted[pending]
         while len(pending):
+            at += 1
             rows[pending] = at
-            less = np.flatnonzero((self.hashes.take(at, mode="clip") < wanted) & (at < ends))
-            pending, at, ends, wanted = pending[less], at[less] + 1, ends[less], wanted[less]
+            less = np.flatnonzero((self.hashes.take(at, mode="clip") < wanted) & (at < len(self)))
+            pending, at, wanted = pending[less], at[less], wanted[less]
         return rows
 
-    def _starts(self, rows: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
+    def _same(self, rows: np.ndarray, keys: IdBytes, where: np.ndarray | None) -> np.ndarray:
+        """(m,) bool: whether the id of each row is the asked one; `where` are the m positions in `keys`, None: all."""
+        offsets = self.offsets.take(rows)
+        asked = keys.lengths if where is None else keys.lengths[where]
+        same: np.ndarray = (self.offsets.take(rows + 1) - offsets) == asked  # the difference modulo 2^32 is right
+        if not same.all():
+            equal = np.flatnonzero(same)
+            if len(equal):
+                same[equal] = self._same(rows[equal], keys, equal if where is None else where[equal])
+            return same
+        if not keys.longest:
+            return same
+        starts = self._starts(rows, offsets)
+        place, bits = starts >> 3, (starts.view(np.uint64) & _SEVEN) << _THREE
+        rest = _WORD_BITS - bits
+        word = self._words.take(place, mode="clip")
+        for number in range(-(-keys.longest // 8)):
+            # Two aligned reads are faster than one that is not; a shift by 64 gives 0.
+            place += 1
+            following = self._words.take(place, mode="clip")
+            stored = (word >> bits) | (following << rest)
+            word = following
+            if 8 * number < keys.shortest:
+                if keys.shortest < 8 * number + 8:
+                    stored &= tail_masks(asked, number)
+                same &= stored == keys.words(number, where)
+            else:
+                long = np.flatnonzero(asked > 8 * number)
+                stored = stored[long] & tail_masks(asked[long], number)
+                same[long] &= stored == keys.words(number, long if where is None else where[long])
+        return same
+
+    def _starts(self, rows: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """(m,) int64 place in `key_bytes` at which the id of each row begins."""
-        starts = (self.offsets.take(rows) if offsets is None else offsets).astype(np.int64)
+        starts = offsets.astype(np.int64)
         if len(self._wraps):
             starts += np.searchsorted(self._wraps, rows + self._first_row, "right") << 32
         if self._first_byte:
             starts -= self._first_byte
         return starts
 
-    def _same(self, rows: np.ndarray, keys: IdBytes, positions: np.ndarray) -> np.ndarray:
-        """(m,) bool: whether the id of each row is the asked one at each position."""
-        offsets = self.offsets.take(rows)
-        lengths = (self.offsets.take(rows + 1) - offsets).astype(np.int64)  # the difference modulo 2^32 is right
-        everyone = len(positions) == len(keys)
-        same: np.ndarray = lengths == (keys.lengths if everyone else keys.lengths[positions])
-        if not same.all():
-            where = np.flatnonzero(same)
-            if len(where):
-                same[where] = self._same(rows[where], keys, positions[where])
-            return same
-        stored = IdBytes(self._starts(rows, offsets), lengths, self._words)
-        shortest, longest = int(lengths.min()), int(lengths.max())
-        for number in range(-(-longest // 8)):
-            if 8 * number < shortest:
-                same &= stored.words(number) == keys.words(number, None if everyone else positions)
-            else:
-                where = np.flatnonzero(lengths > 8 * number)
-                same[where] &= stored.words(number, where) == keys.words(
-                    number, where if everyone else positions[where]
-                )
-        return same
+
+class Buckets:
+    """First row of each value of a hash's leading bits, in two levels: a row number for 64 values, and steps from there.
+
+    Args:
+        bits: how many leading bits.
+        groups: unsigned, first row of each 64 values. steps: (64 a group) unsigned, the value's first row less its group's.
+        first_group: number of groups[0].
+    """
+
+    def __init__(self, bits: int, groups: np.ndarray, steps: np.ndarray, first_group: int = 0) -> None:
+        self.bits, self.groups, self.steps, self.first_group = bits, groups, steps, first_group
+        self._shift = np.uint64(64 - bits)
+
+    def first_rows(self, hashes: np.ndarray) -> np.ndarray:
+        """(n,) int64 row at which to begin looking for each hash."""
+        value = (hashes >> self._shift).view(np.int64)
+        if self.first_group:
+            value -= self.first_group << GROUP_BITS
+        rows = self.groups.take(value >> GROUP_BITS, mode="clip").astype(np.int64)
+        rows += self.steps.take(value, mode="clip")
+        return rows
+
+    @staticmethod
+    def bits_for(num_rows: int) -> int:
+        """Leading bits: half a row to one row for each value, so that the table takes 1 to 2 bytes a row."""
+        return max(GROUP_BITS, (num_rows - 1).bit_length())
+
+    @classmethod
+    def of(cls, hashes: np.ndarray) -> Buckets:
+        """The table of ascending hashes."""
+        bits = cls.bits_for(len(hashes))
+        first = first_rows_of(hashes, bits, 0, 2**bits).reshape(-1, 2**GROUP_BITS)
+        steps = first - first[:, :1]
+        return cls(bits, first[:, 0], steps.astype(np.min_scalar_type(steps.max())).reshape(-1))
+
+
+def first_rows_of(hashes: np.ndarray, bits: int, first: int, end: int) -> np.ndarray:
+    """(end - first,) int64: for each value of the leading bits, the first of the ascending hashes that is not less."""
+    starts = np.arange(first, end, dtype=np.uint64) << np.uint64(64 - bits)
+    return np.searchsorted(hashes, starts).astype(np.int64)
 
 
 def shard_of(hashes: np.ndarray, num_shards: int) -> np.ndarray:
@@ -158,21 +205,6 @@ def shard_of(hashes: np.ndarray, num_shards: int) -> np.ndarray:
 def shard_start(shard: int, num_shards: int) -> int:
     """Least hash that `shard_of` puts into this shard or a later one; 2^64 for `shard` = `num_shards`."""
     return -((-shard << 32) // num_shards) << 32
-
-
-def bucket_bits(num_rows: int) -> int:
-    """Leading bits for `bucket_table`: one to two rows a bucket, so 2 to 4 bytes a row."""
-    return max(1, (max(num_rows, 1) - 1).bit_length() - 1)
-
-
-def bucket_table(hashes: np.ndarray, bits: int, first: int = 0, num: int | None = None) -> np.ndarray:
-    """(num,) int64: of each bucket from `first` on, the first of the ascending hashes that is in it or behind it."""
-    num = 2**bits + 1 - first if num is None else num
-    starts = np.arange(first, first + num, dtype=np.uint64) << np.uint64(64 - bits)
-    table = np.searchsorted(hashes, starts).astype(np.int64)
-    if first + num > 2**bits:  # the end, which no uint64 can say
-        table[-1] = len(hashes)
-    return table
 
 
 def build_key_index(ids: Ids) -> tuple[KeyIndex, np.ndarray]:
@@ -187,15 +219,8 @@ def build_key_index(ids: Ids) -> tuple[KeyIndex, np.ndarray]:
     key_bytes, lengths = concatenated(keys.take(pa.array(order)))
     ends = np.zeros(len(keys) + 1, np.int64)
     np.cumsum(lengths, out=ends[1:])
-    bits = bucket_bits(len(keys))
-    index = KeyIndex(
-        hashes,
-        ends.astype(np.uint32),
-        np.concatenate([key_bytes, np.zeros(KEY_PADDING, np.uint8)]),
-        bucket_table(hashes, bits).astype(np.uint32 if len(keys) < 2**32 else np.uint64),
-        bucket_bits=bits,
-        wraps=wrap_rows(ends, 0, 0),
-    )
+    padded = np.concatenate([key_bytes, np.zeros(KEY_PADDING, np.uint8)])
+    index = KeyIndex(hashes, ends.astype(np.uint32), padded, Buckets.of(hashes), wraps=wrap_rows(ends, 0, 0))
     return index, order
 
 

@@ -102,8 +102,9 @@ class LogState:
                 del counts[shard]
 
 
-def add_action(fragment: Fragment, commit_version: int, *, data_change: bool = True) -> AddAction:
-    """The log's entry of a new file."""
+def add_action(fragment: Fragment, commit_version: int, *, replaces: Sequence[DataFile] = ()) -> AddAction:
+    """The log's entry of a new file; of one that `replaces` others, with the time at which their rows were committed."""
+    now_ms = int(time.time() * 1000)
     stats: dict[str, object] = {"numRecords": fragment.num_rows}
     if fragment.shard_ids:
         stats |= {
@@ -114,8 +115,8 @@ def add_action(fragment: Fragment, commit_version: int, *, data_change: bool = T
         path=fragment.path,
         size=fragment.num_bytes,
         partition_values=_partition_values(fragment.encoder_version, commit_version),
-        modification_time=int(time.time() * 1000),
-        data_change=data_change,
+        modification_time=max((file.committed_at_ms for file in replaces), default=now_ms),
+        data_change=not replaces,
         stats=json.dumps(stats),
     )
 
@@ -138,14 +139,15 @@ def _data_files(uri: str, log: pa.Table) -> list[DataFile]:
         "num_records",
         "partition.encoder_version",
         "partition.commit_version",
+        "modification_time",
         "min.shard_id",
         "max.shard_id",
     ]
     nothing: Sequence[None] = [None] * log.num_rows
     columns = [log[name].to_pylist() if name in log.column_names else nothing for name in names]
     return [
-        DataFile(uri, path, size, num or 0, version, int(commit), None if first is None else (first, last))
-        for path, size, num, version, commit, first, last in zip(*columns, strict=True)
+        DataFile(uri, path, size, num or 0, version, int(commit), at, None if first is None else (first, last))
+        for path, size, num, version, commit, at, first, last in zip(*columns, strict=True)
     ]
 
 

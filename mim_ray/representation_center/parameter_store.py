@@ -74,7 +74,7 @@ class ParameterStore:
         return result.matrix, result.found, result.category
 
     def refresh(self) -> int:
-        """Take in new window messages now; the number of rows."""
+        """Take in new window messages now; the number of rows that changed something."""
         return self._lookup.refresh()
 
     def load(self, snapshot: str) -> None:

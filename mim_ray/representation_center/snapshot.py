@@ -8,7 +8,7 @@
 Layout of a state (snapshot_line.py tells how states make a line), rows in the order of their ids' hashes:
 
     manifest.json   what is shown (encoder version, Delta version, rows, width, dtype), files, sizes, checksums
-    hashes.bin      (N,) uint64 ascending        buckets.bin  first row of each range of hashes (key_index.py)
+    hashes.bin      (N,) uint64 ascending        groups.bin, steps.bin  where hashes that begin alike stand (key_index.py)
     offsets.bin     (N + 1,) uint32              keys.bin     ids in UTF-8, then zeros
     matrix.bin      (N, D) float32, float16 or int8      scales.bin  (N,) float32, int8 only: a value is scale · integer
     content_at.bin  (N,) int64, microseconds     content.bin  (N, 16) uint8 content hashes, zeros where unknown
@@ -32,7 +32,7 @@ from mim_ray import artifacts
 from mim_ray.data.ids import Ids
 from mim_ray.errors import ArtifactError
 from mim_ray.representation_center.content_hashes import ContentIndex, content_hash_strings
-from mim_ray.representation_center.key_index import KEY_PADDING, KeyIndex, shard_start
+from mim_ray.representation_center.key_index import GROUP_BITS, KEY_PADDING, Buckets, KeyIndex, shard_start
 from mim_ray.representation_center.snapshot_files import MANIFEST, SnapshotFiles, read_manifest
 from mim_ray.representation_center.snapshot_line import POINTER, current_snapshot
 from mim_ray.representation_center.snapshot_writer import DTYPES, NO_TIME, write_snapshot
@@ -160,7 +160,7 @@ class Snapshot:
         if self.num_rows == 0:
             result = np.zeros((len(flat), self.width), self.matrix.dtype)
         else:
-            result = self.matrix.take(flat, axis=0, mode="clip")
+            result = self.matrix.take(flat, axis=0)  # of -1 the last row, for now
             if len(flat) and flat.min() < 0:
                 result[flat < 0] = 0
         return result.reshape((*np.shape(rows), self.width))
@@ -170,7 +170,7 @@ class Snapshot:
         flat = np.asarray(rows, np.int64).ravel()
         if "content.bin" not in self._files or self.num_rows == 0:
             return pa.nulls(len(flat), pa.string())
-        digests = self._contents().digests.take(flat, axis=0, mode="clip")
+        digests = self._contents().digests.take(flat, axis=0)
         return content_hash_strings(digests, known=flat >= 0)
 
     def find_content(self, hashes: Ids) -> np.ndarray:
@@ -188,15 +188,15 @@ class Snapshot:
         return self._contents().find(hashes)
 
     def _float32(self, rows: np.ndarray) -> np.ndarray:
-        """Rows as float32; what stands for row -1 is anything."""
-        taken = self.matrix.take(rows, axis=0, mode="clip")
+        """Rows as float32; the last one for row -1."""
+        taken = self.matrix.take(rows, axis=0)
         if self.dtype == "float32":
             return taken
         import torch  # ten times as fast as NumPy at this, and loaded only where it is needed
 
         result = torch.from_numpy(taken).float()
         if self.scales is not None:
-            result *= torch.from_numpy(self.scales.take(rows, mode="clip"))[:, None]
+            result *= torch.from_numpy(self.scales.take(rows))[:, None]
         return result.numpy()
 
     def _contents(self) -> ContentIndex:
@@ -240,28 +240,22 @@ def _first_row(files: SnapshotFiles, manifest: dict[str, Any], bound: int) -> in
 
 
 def _key_index(files: SnapshotFiles, manifest: dict[str, Any], first: int, end: int) -> KeyIndex:
-    bits = manifest["bucket_bits"]
     hashes = _array(files, "hashes.bin", np.uint64, first, end)[:, 0]
     offsets = _array(files, "offsets.bin", np.uint32, first, end + 1)[:, 0]
     wraps = manifest["key_wraps"]
     ends = [int(offsets[at - first]) + (sum(wrap <= at for wrap in wraps) << 32) for at in (first, end)]
     first_byte = ends[0] // 8 * 8  # so that words are aligned
     keys = files.map("keys.bin", first_byte, ends[1] + KEY_PADDING)
-    bucket_type = np.dtype(manifest["bucket_dtype"])
-    first_bucket, end_bucket = 0, 2**bits
-    if end - first < manifest["rows"]:
-        shift = np.uint64(64 - bits)
-        first_bucket, end_bucket = (int(hashes[0] >> shift), int(hashes[-1] >> shift) + 1) if len(hashes) else (0, 0)
-    size = bucket_type.itemsize
-    buckets = files.map("buckets.bin", first_bucket * size, (end_bucket + 1) * size).view(bucket_type)
-    return KeyIndex(
-        hashes,
-        offsets,
-        keys,
-        buckets,
-        bucket_bits=bits,
-        first_bucket=first_bucket,
-        first_row=first,
-        first_byte=first_byte,
-        wraps=wraps,
+    buckets = manifest["buckets"]
+    num_groups = 2 ** (buckets["bits"] - GROUP_BITS)
+    groups = range(num_groups)
+    if end - first < manifest["rows"] and len(hashes):
+        shift = np.uint64(64 - buckets["bits"] + GROUP_BITS)
+        groups = range(int(hashes[0] >> shift), int(hashes[-1] >> shift) + 1)
+    table = Buckets(
+        buckets["bits"],
+        _array(files, "groups.bin", buckets["groups"], groups.start, groups.stop)[:, 0],
+        _array(files, "steps.bin", buckets["steps"], groups.start << GROUP_BITS, groups.stop << GROUP_BITS)[:, 0],
+        groups.start,
     )
+    return KeyIndex(hashes, offsets, keys, table, first_row=first, first_byte=first_byte, wraps=wraps)

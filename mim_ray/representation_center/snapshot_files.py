@@ -29,6 +29,7 @@ import numpy as np
 
 from mim_ray import artifacts
 from mim_ray.errors import ArtifactError
+from mim_ray.object_store import storage_errors
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -140,6 +141,8 @@ class SnapshotFiles:
         """
         size = self.num_bytes(name)
         end = size if end is None else end
+        if end > size:
+            raise ArtifactError(_damaged(self.uri, f"{name} ends before byte {end}, where a row's data ends"))
         verify = self._verify if verify is None else verify
         if self._local is not None:
             path = self._local / name
@@ -208,7 +211,7 @@ class SnapshotFiles:
         fs, remote = artifacts.filesystem(f"{self.uri}/{name}")
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".part-")
         try:
-            with os.fdopen(handle, "wb") as sink, fs.open_input_file(remote) as source:
+            with os.fdopen(handle, "wb") as sink, storage_errors(self.uri), fs.open_input_file(remote) as source:
                 if source.size() != self.num_bytes(name):
                     text = f"{name} has {source.size()} bytes, its manifest says {self.num_bytes(name)}"
                     raise ArtifactError(_damaged(self.uri, text))
@@ -244,7 +247,7 @@ def upload(folder: Path, uri: str) -> None:
     """Copy a local snapshot folder to a remote URI, the manifest last, so that it is not there before all else is."""
     for file in [*sorted(_data_files(folder)), folder / MANIFEST]:
         fs, path = artifacts.filesystem(f"{uri}/{file.name}")
-        with file.open("rb") as source, fs.open_output_stream(path) as sink:
+        with file.open("rb") as source, storage_errors(uri), fs.open_output_stream(path) as sink:
             shutil.copyfileobj(source, sink, _READ_BYTES * 8)
 
 

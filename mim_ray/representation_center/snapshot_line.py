@@ -18,18 +18,21 @@ import shutil
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
 from mim_ray import artifacts
 from mim_ray.errors import ArtifactError
+from mim_ray.object_store import storage_errors
 from mim_ray.representation_center.snapshot_files import MANIFEST, read_manifest
 
 POINTER = "current.json"
 BUILDING = ".building-"
 KEPT = "kept"
+ABANDONED_AFTER = timedelta(days=1)
+_ID_TIME = "%Y%m%dT%H%M%S%fZ"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class SnapshotState:
 
 def new_snapshot_id() -> str:
     """Sorts by time; unique."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}-{uuid.uuid4().hex[:8]}"
+    return f"{datetime.now(UTC):{_ID_TIME}}-{uuid.uuid4().hex[:8]}"
 
 
 def list_snapshots(line: str) -> list[SnapshotState]:
@@ -148,21 +151,18 @@ def prune_snapshots(line: str, *, keep: int = 3, kept: Collection[str] = ()) -> 
     for state in old:
         artifacts.remove(f"{line}/{state}/{MANIFEST}")  # first, so that half a folder is never taken for a state
         artifacts.remove(f"{line}/{state}")
+    for folder in set(_folders(line)) - set(states):
+        if _is_old(folder):  # without a manifest: an upload, or a deletion, that ended half-way
+            artifacts.remove(f"{line}/{folder}")
     local = artifacts.local_path(line)
-    for folder in () if local is None else local.glob(f"{BUILDING}*"):
-        _remove_if_abandoned(folder)
+    for building in () if local is None else local.glob(f"{BUILDING}*"):
+        _remove_if_abandoned(building)
     return old
 
 
 def snapshot_ids(line: str) -> list[str]:
     """Ids of the complete states, newest first."""
-    fs, path = artifacts.filesystem(line)
-    names = [
-        entry.base_name
-        for entry in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-        if entry.type == pafs.FileType.Directory and not entry.base_name.startswith(".") and entry.base_name != KEPT
-    ]
-    return sorted((name for name in names if artifacts.exists(f"{line}/{name}/{MANIFEST}")), reverse=True)
+    return sorted((name for name in _folders(line) if artifacts.exists(f"{line}/{name}/{MANIFEST}")), reverse=True)
 
 
 class BuildingFolder:
@@ -187,6 +187,26 @@ class BuildingFolder:
         """Delete it, if it was not published."""
         os.close(self._lock)
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _folders(line: str) -> list[str]:
+    fs, path = artifacts.filesystem(line)
+    with storage_errors(line):
+        found = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return [
+        entry.base_name
+        for entry in found
+        if entry.type == pafs.FileType.Directory and not entry.base_name.startswith(".") and entry.base_name != KEPT
+    ]
+
+
+def _is_old(name: str) -> bool:
+    """Whether a folder has the name of a state that was begun more than `ABANDONED_AFTER` ago."""
+    try:
+        begun = datetime.strptime(name.partition("-")[0], _ID_TIME).replace(tzinfo=UTC)
+    except ValueError:
+        return False
+    return datetime.now(UTC) - begun > ABANDONED_AFTER
 
 
 def _remove_if_abandoned(folder: Path) -> None:

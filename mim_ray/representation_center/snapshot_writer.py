@@ -10,8 +10,8 @@ Killed at any moment, or without room on the disk, the state that was current st
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
 
@@ -20,14 +20,15 @@ import pyarrow as pa
 
 from mim_ray import artifacts
 from mim_ray.data.ids import Ids, hash_ids
-from mim_ray.errors import ArtifactError
+from mim_ray.errors import ArtifactError, MimRayError
 from mim_ray.representation_center import snapshot_files
 from mim_ray.representation_center.content_hashes import ContentIndexWriter, content_digests
 from mim_ray.representation_center.key_index import (
+    GROUP_BITS,
     KEY_PADDING,
-    bucket_bits,
-    bucket_table,
+    Buckets,
     concatenated,
+    first_rows_of,
     sorted_order,
     string_array,
     wrap_rows,
@@ -148,7 +149,9 @@ class SnapshotWriter:
         self._stack = ExitStack()
         names = ["hashes.bin", "offsets.bin", "keys.bin", "matrix.bin"]
         names += ["scales.bin"] * (dtype == "int8") + ["content_at.bin"] * has_times + ["content.bin"] * has_contents
-        self._files = {name: self._stack.enter_context(BlockWriter(self.folder / name)) for name in names}
+        self._files: dict[str, BlockWriter] = {}
+        for name in names:
+            self._open(name)
         self._contents = ContentIndexWriter(self.folder, most_rows, memory_bytes) if has_contents else None
         self._num_rows = 0
         self._num_key_bytes = self._last_start = 0
@@ -167,7 +170,7 @@ class SnapshotWriter:
             error = error or late
         finally:
             self._building.close()
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not isinstance(error, MimRayError):
             text = f"it could not be written ({error}). What was current stays current; make room or mend the storage."
             raise ArtifactError(f"Snapshot {self.line}: {text}") from error
 
@@ -236,10 +239,8 @@ class SnapshotWriter:
         self._files["offsets.bin"].write(end.astype(np.uint32))
         self._files["keys.bin"].write(np.zeros(KEY_PADDING, np.uint8))
         if self._contents is not None:
-            for name in ("content_keys.bin", "content_rows.bin"):
-                self._files[name] = self._stack.enter_context(BlockWriter(self.folder / name))
-            self._contents.write(self._files["content_keys.bin"], self._files["content_rows.bin"])
-        bits, bucket_dtype = self._write_buckets()
+            self._contents.write(self._open("content_keys.bin"), self._open("content_rows.bin"))
+        buckets = self._write_buckets()
         files = {name: file.entry for name, file in sorted(self._files.items())}
         self._stack.close()
         manifest = {
@@ -252,8 +253,7 @@ class SnapshotWriter:
             "created_at": artifacts.now(),
             "block_bytes": snapshot_files.BLOCK_BYTES,
             "block_hashes": self._block_hashes,
-            "bucket_bits": bits,
-            "bucket_dtype": bucket_dtype,
+            "buckets": buckets,
             "key_wraps": self._wraps,
             "files": files,
         }
@@ -262,7 +262,7 @@ class SnapshotWriter:
         if self._local is not None:
             self._building.publish(self._local / self.snapshot_id)
         else:
-            upload(self.folder, uri)
+            self._upload(uri)
         if not self._overtaken():
             switch_snapshot(self.line, self.snapshot_id)
         prune_snapshots(self.line, keep=keep, kept=[self.snapshot_id])
@@ -288,22 +288,45 @@ class SnapshotWriter:
             raise ArtifactError(f"Snapshot {self.line}: {text}")
         self._files["matrix.bin"].write(rows.astype(DTYPES[self._dtype], copy=False))
 
-    def _write_buckets(self) -> tuple[int, str]:
-        """The table of prefixes, from the hashes as written, piece by piece."""
-        bits = bucket_bits(self._num_rows)
-        dtype = np.dtype(np.uint32 if self._num_rows < 2**32 else np.uint64)
+    def _write_buckets(self) -> dict[str, Any]:
+        """The table of prefixes, from the hashes as written, piece by piece; what the manifest tells of it."""
         self._files["hashes.bin"].flush()
-        self._files["buckets.bin"] = out = self._stack.enter_context(BlockWriter(self.folder / "buckets.bin"))
+        bits = Buckets.bits_for(self._num_rows)
+        most = max(int((first - first[:, :1]).max()) for first in self._first_rows(bits))
+        dtypes = np.dtype(np.uint32 if self._num_rows < 2**32 else np.uint64), np.min_scalar_type(most)
+        groups, steps = (self._open(name) for name in ("groups.bin", "steps.bin"))
+        for first in self._first_rows(bits):
+            groups.write(first[:, 0].astype(dtypes[0]))
+            steps.write((first - first[:, :1]).astype(dtypes[1]))
+        return {"bits": bits, "groups": dtypes[0].name, "steps": dtypes[1].name}
+
+    def _first_rows(self, bits: int) -> Iterator[np.ndarray]:
+        """(g, 64) int64 first rows of the values of the leading bits, some groups at a time."""
         done = 0
+        left = np.empty(0, np.int64)  # first rows of a group that the piece before began
         with (self.folder / "hashes.bin").open("rb") as file:
             for start in range(0, self._num_rows, 2**20):
                 hashes = np.fromfile(file, np.uint64, 2**20)
-                until = int(hashes[-1] >> np.uint64(64 - bits)) + 1  # the first bucket that may begin behind this piece
-                if until > done:
-                    out.write((start + bucket_table(hashes, bits, done, until - done)).astype(dtype))
-                    done = until
-        out.write(np.full(2**bits + 1 - done, self._num_rows, dtype))
-        return bits, dtype.name
+                # Values behind the last one met may begin in a later piece.
+                end = 2**bits if start + 2**20 >= self._num_rows else int(hashes[-1] >> np.uint64(64 - bits)) + 1
+                first = np.concatenate([left, start + first_rows_of(hashes, bits, done, end)])
+                whole = len(first) >> GROUP_BITS << GROUP_BITS
+                yield first[:whole].reshape(-1, 2**GROUP_BITS)
+                left, done = first[whole:], end
+        if not self._num_rows:
+            yield np.zeros((2**bits >> GROUP_BITS, 2**GROUP_BITS), np.int64)
+
+    def _open(self, name: str) -> BlockWriter:
+        self._files[name] = self._stack.enter_context(BlockWriter(self.folder / name))
+        return self._files[name]
+
+    def _upload(self, uri: str) -> None:
+        try:
+            upload(self.folder, uri)
+        except BaseException:
+            with suppress(MimRayError, OSError):
+                artifacts.remove(uri)
+            raise
 
     def _overtaken(self) -> bool:
         """Whether the line was switched to a newer Delta version while this state was built."""

@@ -38,6 +38,7 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction
 
 from mim_ray import artifacts
 from mim_ray.errors import ArtifactError
+from mim_ray.object_store import delta_options, require_conditional_writes, storage_errors
 from mim_ray.representation_center.current_rows import CURRENT_ROWS_SQL, current_row_numbers, times
 from mim_ray.representation_center.data_files import PARTITIONS, SCHEMA, DataFile, Fragment, Marks, write_fragment
 from mim_ray.representation_center.log_state import LogState, add_action, remove_action
@@ -46,7 +47,9 @@ __all__ = ["CURRENT_ROWS_SQL", "EmbeddingTable", "PartlyCommittedError", "curren
 
 MAX_ATTEMPTS = 100
 RETENTION = timedelta(days=7)
-"""How long commits and replaced files are kept at least, unless `vacuum` says otherwise."""
+"""How long replaced files are kept, unless `vacuum` says otherwise."""
+LOG_RETENTION = timedelta(days=1)
+"""How long single commits are kept, for time travel: each call lists those that are there."""
 
 
 class PartlyCommittedError(ArtifactError):
@@ -60,29 +63,39 @@ class EmbeddingTable:
         self.uri = uri
         self._lock = threading.RLock()
         self._handle: DeltaTable | None = None
-        self._folder: tuple[int, int] | None = None
+        self._commit: tuple[int, int] | None = None
         self._log = LogState(uri)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (EmbeddingTable, (self.uri,))
 
     def create(self) -> EmbeddingTable:
-        """Make the empty table if there is none."""
+        """Make the empty table if there is none.
+
+        Raises:
+            StorageError: the object store has no conditional writes, or cannot be reached.
+        """
         if not self.exists():
+            require_conditional_writes(self.uri)
             local = artifacts.local_path(self.uri)
             if local is not None:
                 local.mkdir(parents=True, exist_ok=True)
-            DeltaTable.create(
-                self.uri,
-                Schema.from_arrow(SCHEMA),
-                mode="ignore",
-                partition_by=PARTITIONS,
-                configuration=dict(retention_settings(RETENTION)),
-            )
+            with storage_errors(self.uri):
+                DeltaTable.create(
+                    self.uri,
+                    Schema.from_arrow(SCHEMA),
+                    mode="ignore",
+                    partition_by=PARTITIONS,
+                    configuration=dict(retention_settings(RETENTION)),
+                    storage_options=delta_options(self.uri),
+                )
         return self
 
     def exists(self) -> bool:
-        return DeltaTable.is_deltatable(self.uri)
+        if self._commit is not None and self._last_commit() == self._commit:
+            return True
+        with storage_errors(self.uri):
+            return DeltaTable.is_deltatable(self.uri, delta_options(self.uri))
 
     def open(self) -> DeltaTable:
         """A handle of the newest version, the caller's own.
@@ -91,7 +104,8 @@ class EmbeddingTable:
             ArtifactError: there is no table.
         """
         try:
-            return DeltaTable(self.uri)
+            with storage_errors(self.uri):
+                return DeltaTable(self.uri, storage_options=delta_options(self.uri))
         except TableNotFoundError:
             raise ArtifactError(f"{self.uri} is no Delta table. Run the extraction first.") from None
 
@@ -136,7 +150,7 @@ class EmbeddingTable:
                     return None
                 version = log.version + 1
                 actions: list[AddAction | RemoveAction] = [remove_action(file) for file in old]
-                actions += [add_action(fragment, commit_version, data_change=False) for fragment in new]
+                actions += [add_action(fragment, commit_version, replaces=old) for fragment in new]
                 if self._try(actions):
                     return version
             time.sleep(random.uniform(0, 0.05))
@@ -200,25 +214,26 @@ class EmbeddingTable:
     def _newest(self) -> LogState:
         """The files at the newest version. What uses more than its version holds the lock."""
         with self._lock:
-            folder = self._identity()
-            if self._handle is not None and folder == self._folder:
+            if self._handle is not None and self._last_commit() == self._commit:
                 try:
                     self._handle.update_incremental()
-                except (DeltaError, OSError):  # not to be followed, such as a table that was made anew
+                except (DeltaError, OSError):
                     self._handle = None
-            if self._handle is None or folder != self._folder:
+            else:  # the log was cleaned, or this is another table, made anew in the same folder
+                self._handle = None
+            if self._handle is None:
                 self._handle, self._log = self.open(), LogState(self.uri)
-                self._folder = self._identity()
             self._log.follow(self._handle)
+            self._commit = self._last_commit()
             return self._log
 
-    def _identity(self) -> tuple[int, int] | None:
-        """What tells a table from another one made later in the same folder, where storage has such a thing."""
-        local = artifacts.local_path(self.uri)
-        if local is not None:
+    def _last_commit(self) -> tuple[int, int] | None:
+        """What tells the file of the commit that was seen last from another file of its name; None on object stores."""
+        log = artifacts.local_path(f"{self.uri}/_delta_log")
+        if log is not None:
             with suppress(OSError):
-                status = os.stat(local / "_delta_log")
-                return status.st_dev, status.st_ino
+                status = os.stat(log / f"{self._log.version:020d}.json")
+                return status.st_ino, status.st_mtime_ns
         return None
 
     def _try(self, actions: Sequence[AddAction | RemoveAction]) -> bool:
@@ -267,9 +282,12 @@ class EmbeddingTable:
 
 
 def retention_settings(retention: timedelta) -> dict[str, str]:
-    """Delta's table properties for keeping commits and the names of replaced files this long, in whole hours."""
+    """Delta's table properties for keeping the names of replaced files this long, in whole hours. delta-rs deletes older
+    commits itself when it writes a checkpoint, every 100 commits."""
     hours = -(-retention // timedelta(hours=1))
+    log_hours = min(hours, LOG_RETENTION // timedelta(hours=1))
     return {
-        "delta.logRetentionDuration": f"interval {hours} hours",
         "delta.deletedFileRetentionDuration": f"interval {hours} hours",
+        "delta.logRetentionDuration": f"interval {log_hours} hours",
+        "delta.enableExpiredLogCleanup": "true",
     }

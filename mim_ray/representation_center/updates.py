@@ -40,6 +40,7 @@ WINDOW_SCHEMA = pa.schema(
 )
 MAX_FOLDED_SEGMENTS = 5_000  # in one commit
 MAX_FOLDED_BYTES = 64 * 2**20
+READ_AT_ONCE = 64  # between two looks at MAX_FOLDED_BYTES
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,7 @@ def _fold_version(
         waiting = dict(islice(waiting.items(), num_read, None))
     oldest_kept = time.time_ns() - int(keep_s * 1e9)
     old = [uri for name, uri in segments.items() if name in folded and segment_time(name) <= oldest_kept]
-    for uri in old:
-        artifacts.remove(uri)
+    artifacts.for_each(artifacts.remove, old)
     window_folder.remove_empty_folders(window, encoder_version)
     return FoldResult(num_segments, num_rows, len(old))
 
@@ -216,17 +216,25 @@ def _read_all(
     found: dict[str, pa.Table] = {}
     damaged: dict[str, ArtifactError] = {}
     num = num_bytes = 0
-    for name, uri in islice(uris.items(), max_segments):
-        if num_bytes >= max_bytes:
-            break
-        num += 1
-        try:
-            found[name] = _read(uri)
-            num_bytes += found[name].nbytes
-        except ArtifactError as error:
-            if artifacts.exists(uri):
-                damaged[name] = error
+    wanted = list(islice(uris.items(), max_segments))
+    while num < len(wanted) and num_bytes < max_bytes:
+        names, some = zip(*wanted[num : num + READ_AT_ONCE], strict=True)
+        for name, result in zip(names, artifacts.for_each(_read_or_error, some), strict=True):
+            if isinstance(result, pa.Table):
+                found[name] = result
+                num_bytes += result.nbytes
+            elif result is not None:
+                damaged[name] = result
+        num += len(names)
     return found, damaged, num
+
+
+def _read_or_error(uri: str) -> pa.Table | ArtifactError | None:
+    """The rows; what is wrong with them; None where the file is gone."""
+    try:
+        return _read(uri)
+    except ArtifactError as error:
+        return error if artifacts.exists(uri) else None
 
 
 def _read(uri: str) -> pa.Table:

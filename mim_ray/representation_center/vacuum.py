@@ -40,9 +40,7 @@ class Vacuumed:
 
 
 def vacuum(table: EmbeddingTable, *, retention: timedelta, dry_run: bool = False) -> Vacuumed:
-    """Delete data files that no version within the retention names, and commits of the log that are older.
-
-    Time travel reaches back as far as the retention, and not further.
+    """Delete data files that no version within the retention names; checkpoint the log and delete its old commits.
 
     Args:
         retention: whole hours, rounded up; at least one hour.
@@ -62,15 +60,18 @@ def vacuum(table: EmbeddingTable, *, retention: timedelta, dry_run: bool = False
     candidates = {unquote(path) for path in found}
     candidates = {path for path in candidates if path.rpartition("/")[2].startswith(OURS)}
     candidates -= {unquote(file.path) for file in table.files()}
-    num_files = num_bytes = 0
-    for path in sorted(candidates):
-        fs, target = artifacts.filesystem(f"{table.uri}/{path}")
-        info = fs.get_file_info(target)
-        if info.type == pafs.FileType.File:
-            num_files, num_bytes = num_files + 1, num_bytes + info.size
-            if not dry_run:
-                fs.delete_file(target)
-    return Vacuumed(num_files, num_bytes, num_log_files)
+    uris = [f"{table.uri}/{path}" for path in sorted(candidates)]
+    sizes = artifacts.for_each(_size, uris)
+    there = [uri for uri, size in zip(uris, sizes, strict=True) if size is not None]
+    if not dry_run:
+        artifacts.for_each(artifacts.remove, there)
+    return Vacuumed(len(there), sum(size for size in sizes if size is not None), num_log_files)
+
+
+def _size(uri: str) -> int | None:
+    fs, path = artifacts.filesystem(uri)
+    info = fs.get_file_info(path)
+    return int(info.size) if info.type == pafs.FileType.File else None
 
 
 def vacuum_window(window: str, *, retention: timedelta) -> int:
@@ -89,13 +90,13 @@ def vacuum_window(window: str, *, retention: timedelta) -> int:
 
 
 def _clean_log(table: EmbeddingTable, hours: int) -> int:
-    """Checkpoint the log and delete commits older than the retention; the number of files that went."""
+    """Checkpoint the log and delete commits older than a day (or the retention); the number of files that went."""
     handle = table.open()
     wanted = retention_settings(timedelta(hours=hours))
     if any(handle.metadata().configuration.get(name) != value for name, value in wanted.items()):
         handle.alter.set_table_properties(wanted)
         handle = table.open()
-    before = len(artifacts.list_files(f"{table.uri}/_delta_log"))
+    before = set(artifacts.list_files(f"{table.uri}/_delta_log"))
     handle.create_checkpoint()
     handle.cleanup_metadata()
-    return max(0, before + 1 - len(artifacts.list_files(f"{table.uri}/_delta_log")))
+    return len(before.difference(artifacts.list_files(f"{table.uri}/_delta_log")))

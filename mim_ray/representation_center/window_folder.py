@@ -1,7 +1,7 @@
 """Where window segments lie: center/window/<encoder_version>/<ten seconds>/<segment_id>.arrow.
 
 A folder for every ten seconds keeps each listing short, however many segments wait to be folded. A segment id begins with
-its time (20 digits of nanoseconds, of which the folder's name is the first 10), so ids sort by time and name their folder.
+its time (20 digits of nanoseconds, the first 10 of which are the folder's name), so ids sort by time and name their folder.
 A segment that lies directly in the encoder version's folder counts too: put it there by hand to have it folded.
 """
 
@@ -15,12 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from mim_ray import artifacts
+from mim_ray.representation_center.data_files import segment_time
 
 SUFFIX = ".arrow"
 EMPTY_FOLDERS_S = 600.0  # an empty folder is deleted when it is that old: no writer makes files in it any more
 SETTLED_NS = 1_000_000_000
-RECENT_S = 120
-FEW_FILES = 2_000
+RECENT_S = 120  # what is older is looked at less often: only a writer that was held up adds to it
+OLDER_EVERY_S = 1.0  # locally: a stat for each folder
+FEW_FILES = 2_000  # remotely: the most that are always listed
 EVERYTHING_EVERY_S = 30.0
 
 _last_name = 0
@@ -37,7 +39,7 @@ def new_segment_id() -> str:
 
 
 def segment_uri(window: str, encoder_version: str, segment_id: str) -> str:
-    return f"{window}/{encoder_version}/{segment_id[:10]}/{segment_id}{SUFFIX}"
+    return f"{window}/{encoder_version}/{_part(segment_time(segment_id))}/{segment_id}{SUFFIX}"
 
 
 def write_segment(window: str, encoder_version: str, segment_id: str, content: bytes) -> None:
@@ -78,7 +80,7 @@ def remove_empty_folders(window: str, encoder_version: str) -> None:
     """Delete the folders of times long ago that hold nothing."""
     root = artifacts.local_path(f"{window}/{encoder_version}")
     if root is not None:
-        oldest = f"{time.time_ns() - int(EMPTY_FOLDERS_S * 1e9):020d}"[:10]
+        oldest = _part(time.time_ns() - int(EMPTY_FOLDERS_S * 1e9))
         for name in _subfolders(root):
             if name < oldest:
                 with suppress(OSError):  # not empty, or gone already
@@ -94,7 +96,7 @@ class WindowListing:
         self._parts: dict[str, _Part] = {}
         self._parts_since: int | None = None
         self._seen: set[str] = set()
-        self._everything_at = float("-inf")
+        self._everything_at = float("-inf")  # monotonic time at which all folders were looked at
 
     def new(self) -> dict[str, str]:
         """Segment id -> URI of those that came since the last call, oldest first."""
@@ -110,8 +112,12 @@ class WindowListing:
             names = {"", *_subfolders(folder)}
             self._parts = {name: self._parts.get(name) or _Part(folder / name) for name in names}
             self._parts_since = _if_settled(changed_at)
-        root = self._root
-        return [f"{_join(root, name)}/{file}" for name, part in self._parts.items() for file in part.new()]
+        if time.monotonic() - self._everything_at > OLDER_EVERY_S:
+            parts, self._everything_at = list(self._parts), time.monotonic()
+        else:
+            oldest = _part(time.time_ns() - RECENT_S * 10**9)
+            parts = [name for name in self._parts if name >= oldest]
+        return [f"{_join(self._root, name)}/{file}" for name in parts for file in self._parts[name].new()]
 
     def _new_remote(self) -> list[str]:
         """All of it while it is little or some time passed; else the last two minutes' folders."""
@@ -120,9 +126,9 @@ class WindowListing:
             fresh, self._seen = uris - self._seen, uris
             self._everything_at = time.monotonic()
         else:
-            now = time.time_ns() // 10**10
-            parts = [f"{self._root}/{part:010d}" for part in range(now - RECENT_S // 10, now + 2)]
-            fresh = {uri for part in parts for uri in artifacts.list_files(part, SUFFIX)} - self._seen
+            now = time.time_ns()
+            parts = [_part(now + seconds * 10**9) for seconds in range(-RECENT_S, 20, 10)]
+            fresh = {uri for part in parts for uri in artifacts.list_files(f"{self._root}/{part}", SUFFIX)} - self._seen
             self._seen |= fresh
         return list(fresh)
 
@@ -152,6 +158,11 @@ class _Part:
 def _if_settled(changed_at: int) -> int | None:
     """A file that comes within the clock tick of this listing would not change the folder's time: then look again later."""
     return changed_at if time.time_ns() - changed_at > SETTLED_NS else None
+
+
+def _part(time_ns: int) -> str:
+    """Name of the folder of the ten seconds around that time."""
+    return f"{time_ns:020d}"[:10]
 
 
 def _subfolders(folder: Path) -> list[str]:

@@ -11,12 +11,16 @@ from ray.serve.schema import LoggingConfig
 from mim_ray.config import Scenario
 from mim_ray.serving.new_item_encoder import bind_new_item_encoder
 from mim_ray.serving.ranker import bind_ranking
+from mim_ray.serving.served import Served
 
 REQUEST_TIMEOUT_S = 30.0
 
 
-def start(scenario: Scenario) -> str:
+def start(scenario: Scenario, served: Served | None = None) -> str:
     """Start Serve with the ranking app and the new-item encoder, wait until both are ready.
+
+    Args:
+        served: something else than what is current.
 
     Returns:
         base URL, such as http://127.0.0.1:8000.
@@ -28,8 +32,8 @@ def start(scenario: Scenario) -> str:
     targets = [
         serve.RunTarget(application, name=name, route_prefix=prefix, logging_config=quiet)
         for application, name, prefix in (
-            (bind_ranking(scenario), "ranking", "/"),
-            (bind_new_item_encoder(scenario), "new_item_encoder", "/v1/items"),
+            (bind_ranking(scenario, served), "ranking", "/"),
+            (bind_new_item_encoder(scenario, served), "new_item_encoder", "/v1/items"),
         )
     ]
     host, port = scenario.serving.host, scenario.serving.port or _free_port(scenario.serving.host)

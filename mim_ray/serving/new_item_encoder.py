@@ -230,15 +230,18 @@ class NewItemReplica:
         return new_item_api(self._encoder, self._serving)
 
 
-def bind_new_item_encoder(scenario: Scenario) -> Application:
-    """The Serve application of a scenario's run; refuses early what a replica would refuse late.
+def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> Application:
+    """The Serve application of what is current; refuses early what a replica would refuse late.
+
+    Args:
+        served: something else than `Served.of(scenario)`.
 
     Raises:
         MimRayError: the run is not finished, versions do not match, or strangers could call.
     """
     serving = scenario.serving
     check_exposure(serving)
-    served = Served.of(scenario)
+    served = Served.of(scenario) if served is None else served
     _check_encoder(served, artifacts.read_json(f"{served.encoder}/encoder.json").get("encoder_version"))
     deployment = serve.deployment(
         name="NewItems",

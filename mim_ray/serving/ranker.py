@@ -150,15 +150,18 @@ class RankingReplica:
         return ranking_api(self._service, self._serving)
 
 
-def bind_ranking(scenario: Scenario) -> Application:
-    """The Serve application of a scenario's run; refuses early what a replica would refuse late.
+def bind_ranking(scenario: Scenario, served: Served | None = None) -> Application:
+    """The Serve application of what is current; refuses early what a replica would refuse late.
+
+    Args:
+        served: something else than `Served.of(scenario)`.
 
     Raises:
         MimRayError: the run is not finished, versions do not match, or strangers could call.
     """
     serving = scenario.serving
     check_exposure(serving)
-    served = Served.of(scenario)
+    served = Served.of(scenario) if served is None else served
     found = Snapshot.open(served.snapshot, verify=False).encoder_version
     trained_on = artifacts.read_json(f"{served.ctr}/ctr.json").get("encoder_version")
     if trained_on is not None:

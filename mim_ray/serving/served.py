@@ -1,4 +1,4 @@
-"""What the apps serve: the CTR model, encoder, embeddings and behaviors that a run left, and the arguments that name it.
+"""What the apps serve: the CTR model, encoder, embeddings and behaviors that a release names or a run left, and the arguments.
 
 serve run serve.ranking:app config=tiny run.root=/data/runs/tiny serving.variant=din-mim
 """
@@ -15,6 +15,7 @@ from mim_ray import artifacts
 from mim_ray.config import Scenario, load_scenario
 from mim_ray.config.scenario import ENCODER_FOLDERS
 from mim_ray.errors import ArtifactError, ConfigError
+from mim_ray.representation_center.release import Release, read_release
 
 
 class AppArgs(BaseModel):
@@ -42,6 +43,7 @@ class Served:
 
     Attributes:
         ctr: the CTR model. snapshot: MM embeddings. center: their table and the window of new items.
+        release: number of the release that names them, None where nothing was promoted.
     """
 
     ctr: str
@@ -49,10 +51,22 @@ class Served:
     snapshot: str
     center: str
     behaviors: str
+    release: int | None = None
 
     @classmethod
     def of(cls, scenario: Scenario) -> Served:
-        """Where the scenario's run left them.
+        """The current release of the scenario's representation center; what its run left where nothing was promoted.
+
+        Raises:
+            ArtifactError: nothing was promoted and the run has no snapshot yet.
+            ConfigError: a relative root on a cluster's node; or serving.variant is not the release's model.
+        """
+        release = read_release(_center(scenario))
+        return cls.of_run(scenario) if release is None else cls._of_release(scenario, release)
+
+    @classmethod
+    def of_run(cls, scenario: Scenario) -> Served:
+        """What the scenario's run left, promoted or not.
 
         Raises:
             ArtifactError: the run has no snapshot yet.
@@ -68,10 +82,29 @@ class Served:
             )
         return cls(
             ctr=f"{root}/ctr/{_variant(scenario)}",
-            encoder=f"{root}/{ENCODER_FOLDERS[scenario.extraction.encoder]}",
+            encoder=_encoder(scenario),
             snapshot=str(manifest.metrics["snapshot"]),
-            center=f"{root}/center",
+            center=_center(scenario),
             behaviors=f"{root}/samples/behaviors",
+        )
+
+    @classmethod
+    def _of_release(cls, scenario: Scenario, release: Release) -> Served:
+        ctr = release.ctr_model or f"{_root(scenario)}/ctr/{_variant(scenario)}"
+        asked = scenario.serving.variant
+        found = artifacts.read_json(f"{ctr}/ctr.json")["variant"] if asked is not None else None
+        if asked != found:
+            raise ConfigError(
+                f"serving.variant = {asked}, but release {release.number} names {ctr}, which is {found}. Leave "
+                "serving.variant out, or promote the other model with jobs/promote.py."
+            )
+        return cls(
+            ctr=ctr,
+            encoder=release.encoder or _encoder(scenario),
+            snapshot=release.snapshot,
+            center=_center(scenario),
+            behaviors=f"{_root(scenario)}/samples/behaviors",
+            release=release.number,
         )
 
 
@@ -80,12 +113,26 @@ def _variant(scenario: Scenario) -> str:
     return scenario.serving.variant or next((name for name in variants if name.endswith("-mim")), variants[0])
 
 
+def _encoder(scenario: Scenario) -> str:
+    return f"{_root(scenario)}/{ENCODER_FOLDERS[scenario.extraction.encoder]}"
+
+
 def _root(scenario: Scenario) -> str:
-    given = scenario.run.root
-    relative = given is None or ("://" not in given and not given.startswith(("/", "~")))
+    _check_absolute("run.root", scenario.run.root, default=True)
+    return artifacts.run_root(scenario)
+
+
+def _center(scenario: Scenario) -> str:
+    if scenario.run.center is None:
+        return f"{_root(scenario)}/center"
+    _check_absolute("run.center", scenario.run.center, default=False)
+    return artifacts.center_root(scenario)
+
+
+def _check_absolute(key: str, given: str | None, *, default: bool) -> None:
+    relative = default if given is None else "://" not in given and not given.startswith(("/", "~"))
     if relative and "working_dir_files" in Path.cwd().parts:
         raise ConfigError(
-            f"run.root = {given} is relative, but this app is built in an uploaded copy of your folder. Give an absolute "
-            "path or a URI that every node reaches, as run.root in the app's args."
+            f"{key} = {given} is relative, but this app is built in an uploaded copy of your folder. Give an absolute "
+            f"path or a URI that every node reaches, as {key} in the app's args."
         )
-    return artifacts.run_root(scenario)

@@ -23,6 +23,7 @@ from mim_ray.config import Scenario
 from mim_ray.data.batches import ordered_batches
 from mim_ray.errors import ArtifactError, VersionMismatchError
 from mim_ray.representation_center.snapshot import Snapshot, write_snapshot
+from mim_ray.representation_center.snapshot_line import kept_snapshots
 from mim_ray.training.optim import average_gradients
 
 SETTINGS: dict[str, Any] = {
@@ -191,6 +192,33 @@ def test_finished_seeds_are_kept_and_the_same_seed_gives_the_same_model(
 def test_mim_without_a_snapshot_is_refused(small_shop: Any, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"sim-mim needs embeddings.*jobs/extract.py"):
         train.run(_scenario(), variant="sim-mim", samples=small_shop.samples, snapshot=None, output=str(tmp_path))
+
+
+def test_a_model_names_the_one_snapshot_it_was_trained_on_and_keeps_it_only_while_training(
+    small_shop: Any, models: dict[str, str]
+) -> None:
+    info = artifacts.read_json(f"{models['sim-mim']}/ctr.json")
+    snapshot = Snapshot.open(small_shop.snapshot)
+    assert (info["snapshot"], info["encoder_version"]) == (snapshot.uri, snapshot.encoder_version)
+    assert kept_snapshots(small_shop.snapshot) == {}
+
+
+def test_evaluation_with_the_embeddings_of_another_encoder_version_is_refused_naming_both(
+    small_shop: Any, models: dict[str, str], tmp_path: Path
+) -> None:
+    snapshot = Snapshot.open(small_shop.snapshot)
+    other = str(tmp_path / "other")
+    rows = snapshot.gather(np.arange(snapshot.num_rows))
+    write_snapshot(other, snapshot.ids, rows, encoder_version="csft-of-tomorrow")
+    with pytest.raises(VersionMismatchError, match=rf"trained on .*{snapshot.encoder_version}.*of csft-of-tomorrow"):
+        evaluate.run(
+            _scenario(),
+            samples=small_shop.samples,
+            variants={"sim-mim": models["sim-mim"]},
+            snapshots={"sim-mim": other},
+            truth=None,
+            output=str(tmp_path / "evaluation"),
+        )
 
 
 def test_a_snapshot_of_other_items_is_refused(small_shop: Any, tmp_path: Path) -> None:

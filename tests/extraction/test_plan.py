@@ -8,24 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mim_ray.extraction import plan as plan_module
-from mim_ray.extraction.plan import Unit, plan, without
+from mim_ray.extraction import duplicates
+from mim_ray.extraction.plan import Plan, plan
 
 
-def ids_of(units: list[Unit]) -> list[str]:
-    return [piece.shard_id for unit in units for piece in unit.slices]
+def ids_of(planned: Plan) -> list[str]:
+    ids = [piece.shard_id for unit in planned.units(set()) for piece in unit.slices]
+    assert ids == list(planned.shard_ids())
+    return ids
 
 
 def test_shards_cover_every_row_once_and_are_the_same_each_time(tmp_path: Path, make_items: Callable[..., str]) -> None:
     uri = make_items(tmp_path / "a")
-    units = plan(uri, 16, ["v1"])
-    assert ids_of(units) == ids_of(plan(uri, 16, ["v1"]))
-    assert len(set(ids_of(units))) == len(ids_of(units))
-    assert sum(unit.num_rows for unit in units) == 100
-    for unit in units:
+    planned = plan(uri, 16, ["v1"])
+    assert ids_of(planned) == ids_of(plan(uri, 16, ["v1"]))
+    assert len(set(ids_of(planned))) == len(ids_of(planned)) == planned.num_shards
+    assert sum(unit.rows.num_rows for unit in planned.units(set())) == planned.num_rows == 100
+    for unit in planned.units(set()):
         edges = [piece.start for piece in unit.slices] + [unit.slices[-1].stop]
         assert edges[0] == 0
-        assert edges[-1] == unit.shard.num_rows
+        assert edges[-1] == unit.rows.num_rows
         assert max(np.diff(edges)) <= 16
 
 
@@ -48,15 +50,25 @@ def test_changed_content_another_encoder_or_another_size_give_other_shards(
 def test_duplicates_are_all_rows_after_the_first(
     tmp_path: Path, make_items: Callable[..., str], at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "HASHES_AT_ONCE", at_once)
+    monkeypatch.setattr(duplicates, "HASHES_AT_ONCE", at_once)
     replaced = {5: "item-90", 91: "item-90", 30: "item-2", 60: None, 61: None, 62: "", 99: "item-98"}
-    units = plan(make_items(tmp_path, item_id=replaced), 16, ["v1"])
-    found = [unit.shard.first_row + row for unit in units for row in unit.duplicates]
+    planned = plan(make_items(tmp_path, item_id=replaced), 16, ["v1"])
+    found = [unit.rows.first_row + row for unit in planned.units(set()) for row in unit.duplicates]
     assert found == [30, 90, 91, 99]  # row 5 is the first with item-90; rows without an id are no duplicates
 
 
 def test_finished_shards_are_left_out(tmp_path: Path, make_items: Callable[..., str]) -> None:
-    units = plan(make_items(tmp_path), 16, ["v1"])
-    everything = ids_of(units)
-    assert ids_of(without(units, set(everything[:4]))) == everything[4:]
-    assert without(units, set(everything)) == []
+    planned = plan(make_items(tmp_path), 16, ["v1"])
+    everything = ids_of(planned)
+    done = {*everything[:4], everything[-1], "another table's"}
+    left = [piece.shard_id for unit in planned.units(done) for piece in unit.slices]
+    assert left == everything[4:-1]
+    assert planned.count(done) == (5, 4 * 16 - 8 + 4)
+    assert list(planned.units(set(everything))) == []
+
+
+def test_what_the_plan_keeps_is_small_whatever_the_rows_hold(tmp_path: Path, make_items: Callable[..., str]) -> None:
+    planned = plan(make_items(tmp_path, num=200, row_group_rows=10, files=2), 10, ["v1"])
+    assert len(planned.groups) == 20
+    assert planned.groups.nbytes <= 40 * 20
+    assert len(planned.files) == 2

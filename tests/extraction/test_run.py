@@ -27,7 +27,7 @@ from mim_ray.extraction.run import Extracted, extract, run
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 
-SETTINGS = Extraction(shard_rows=50, batch_size=25, commit_every_s=0.1)
+SETTINGS = Extraction(shard_rows=50, batch_size=25, commit_every_s=0.1, num_actors=2)
 DECODING = Decoding(PictureFormat(8, "squash"), 100_000, 10_000, 40, "/nowhere")
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -176,7 +176,7 @@ def test_an_encoder_killed_in_the_middle_and_blocks_of_any_size_change_nothing(
 
 def test_actors_that_ask_for_a_gpu_are_given_one(tmp_path: Path, make_items: Callable[..., str], stand_in: Any) -> None:
     uri = make_items(tmp_path / "data", num=60)
-    settings = SETTINGS.model_copy(update={"gpus_per_actor": 1.0})
+    settings = SETTINGS.model_copy(update={"gpus_per_actor": 1.0, "num_actors": 1})
     table, _ = fill(uri, tmp_path / "a", stand_in(need_gpu=True), settings)
     assert log(table).num_rows == 60
 

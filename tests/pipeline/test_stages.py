@@ -119,7 +119,7 @@ def test_an_interrupted_attempt_goes_on_with_another_number_of_workers(
 
 
 def test_each_encoder_of_table_3_has_its_folder_and_its_stage(tmp_path: Path) -> None:
-    layout = Layout("/root", "/data")
+    layout = Layout("/root", "/data", "/root/center")
     folders = [layout.encoder(stage) for stage in ("untrained", "dda", "pretraining", "csft")]
     names = ("pretraining/untrained", "pretraining/dda", "pretraining/encoder", "csft/encoder")
     assert folders == [f"/root/{name}" for name in names]

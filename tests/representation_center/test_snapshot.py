@@ -157,7 +157,16 @@ def test_contents_are_sorted_in_parts_where_memory_is_small(tmp_path: Path, monk
     assert files[0] == files[1]
 
 
-FILES = ["hashes.bin", "offsets.bin", "buckets.bin", "keys.bin", "matrix.bin", "scales.bin", "content_at.bin"]
+FILES = [
+    "hashes.bin",
+    "offsets.bin",
+    "groups.bin",
+    "steps.bin",
+    "keys.bin",
+    "matrix.bin",
+    "scales.bin",
+    "content_at.bin",
+]
 
 
 @pytest.mark.parametrize("name", [*FILES, "content.bin", "content_keys.bin", "content_rows.bin"])

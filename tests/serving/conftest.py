@@ -76,7 +76,7 @@ def small_run(tmp_path: Path, shared_run: SmallRun, monkeypatch: pytest.MonkeyPa
     """The same, a copy for one test."""
     monkeypatch.setenv("MIM_RAY_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "run"
-    shutil.copytree(shared_run.root, root, symlinks=True)
+    shutil.copytree(shared_run.root, root, symlinks=True, ignore=shutil.ignore_patterns("window"))
     manifest = (root / "extraction" / "artifact.json").read_text()
     (root / "extraction" / "artifact.json").write_text(manifest.replace(str(shared_run.root), str(root)))
     run = shared_run.scenario.run.model_copy(update={"root": str(root)})
@@ -100,7 +100,8 @@ def make_run(root: Path, encoder_folder: Path) -> SmallRun:
     table.append(rows, encoder_version=encoder.encoder_version, shard_id="s0")
     snapshot = f"{root}/center/snapshots/{encoder.encoder_version}"
     build_snapshot(table, encoder.encoder_version, snapshot)
-    manifest = artifacts.Manifest("extraction", "f", artifacts.now(), 1.0, {}, {"snapshot": snapshot}, (), {}, {})
+    metrics = {"snapshot": snapshot, "encoder_version": encoder.encoder_version}
+    manifest = artifacts.Manifest("extraction", "f", artifacts.now(), 1.0, {}, metrics, (), {}, {})
     artifacts.write_manifest(f"{root}/extraction", manifest)
     behaviors = {"user_id": [f"u{row}" for row in range(10)], "behaviors": [ids[row : row + 5] for row in range(10)]}
     (root / "samples" / "behaviors").mkdir(parents=True)
