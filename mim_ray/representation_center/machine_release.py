@@ -13,6 +13,7 @@ from typing import Any
 
 from mim_ray import artifacts
 from mim_ray.errors import ArtifactError
+from mim_ray.representation_center.release import Release
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,24 @@ class MachineRelease:
     release_id: str
     tables: Mapping[str, TableSource]
     dense: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        center: str,
+        release: Release,
+        *,
+        id_tables: Mapping[str, str] | None = None,
+        dense: Mapping[str, str] | None = None,
+    ) -> MachineRelease:
+        """What a promoted release needs: its MM embeddings as table "mm", with the center's log and window above them.
+
+        Args:
+            id_tables: snapshots of ID tables by name. dense: safetensors files by name.
+        """
+        tables = {"mm": TableSource(release.snapshot, f"{center}/table", f"{center}/window")}
+        tables |= {name: TableSource(snapshot) for name, snapshot in (id_tables or {}).items()}
+        return cls(str(release.number), tables, dense or {})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
