@@ -89,10 +89,11 @@ def test_the_report_tells_what_was_missed_and_what_was_not_measured(
     gather = {"vs_raw_gather": {"value": 0.5, "float16": {"float32_out": {"value": 0.5, **side}}}}
     monkeypatch.setitem(main.CASES, "gather", lambda plan: gather)
     monkeypatch.setitem(main.CASES, "redis", lambda plan: {"vs_redis_mget": {"value": 9.0, **side}})
+    monkeypatch.setitem(main.CASES, "remote", lambda plan: {"redis_remote": {"missing": "no server"}})
     path = tmp_path / "new" / "report.json"
     assert main.main(["--quick", "--check", "--json", str(path), "--work", str(tmp_path)]) == 1
     report = json.loads(path.read_text())
-    assert report["cases"] == ["gather", "redis"]
+    assert report["cases"] == ["gather", "redis", "remote"]
     assert report["goals"]["vs_raw_gather"] == {"at_least": 0.8, "met": False}
     assert report["goals"]["vs_redis_mget"]["met"]
     assert report["bytes_per_item"] is None
