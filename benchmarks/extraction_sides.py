@@ -24,8 +24,11 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +38,17 @@ import pyarrow.parquet as pq
 BATCH = 16
 """Items encoded at once on all sides: of 8, 16, 32 and 64 the fastest for ResNet-18 on a CPU."""
 
-Run = Callable[[str, bool], int]
-"""(items, encode or decode only) -> number of items done."""
+
+@dataclass(frozen=True)
+class Timed:
+    """A run. Attributes: seconds: without start-up; None where the caller's own clock tells it."""
+
+    num_items: int
+    seconds: float | None = None
+
+
+Run = Callable[[str, bool], Timed]
+"""(items, encode or decode only) -> what was done."""
 
 
 class Side:
@@ -82,13 +94,13 @@ def process_pool(encoder: str, cores: int) -> Iterator[Run]:
     with multiprocessing.get_context("spawn").Pool(cores, _start_worker, (encoder,)) as pool:
         pool.map(_nothing, range(4 * cores), chunksize=1)
 
-        def run(items: str, encode: bool) -> int:
+        def run(items: str, encode: bool) -> Timed:
             tasks = [
                 (path, group, encode)
                 for path in sorted(glob.glob(f"{items}/*.parquet"))
                 for group in range(pq.read_metadata(path).num_row_groups)
             ]
-            return sum(len(vectors) for _, vectors in pool.imap_unordered(_do_group, tasks))
+            return Timed(sum(len(vectors) for _, vectors in pool.imap_unordered(_do_group, tasks)))
 
         yield run
 
@@ -160,7 +172,7 @@ def extract(encoder: str, cores: int) -> Iterator[Run]:
         encoding.wait()
         decoding_only.wait()
 
-        def run(items: str, encode: bool) -> int:
+        def run(items: str, encode: bool) -> Timed:
             home = f"{folder}/{next(numbers)}"
             done = run_extract(
                 items,
@@ -172,7 +184,7 @@ def extract(encoder: str, cores: int) -> Iterator[Run]:
                 rejects=f"{home}/rejects",
                 pool=encoding if encode else decoding_only,
             )
-            return done.num_rows_done
+            return Timed(done.num_rows_done)
 
         yield run
 
@@ -184,7 +196,80 @@ def _load_nothing(uri: str, use_gpu: bool) -> Callable[..., np.ndarray]:
     return encode
 
 
-SIDES = {"extract": extract, "process_pool": process_pool}
+@contextlib.contextmanager
+def daft(encoder: str, cores: int, own_decode: bool = True, use_process: bool = True) -> Iterator[Run]:
+    """Daft's native runner, a class with a batch method, as many instances as cores.
+
+    Args:
+        own_decode: decode inside the class with this project's function, which is faster than Daft's own decoding and
+            resizing (JPEG's reduced decoding). use_process: instances in processes, which is faster than in threads.
+    """
+    import daft as daft_package
+
+    daft_package.set_runner_native()
+    kind = daft_package.DataType.embedding(daft_package.DataType.float32(), 128)
+
+    class Encoding:
+        """Loads when the query starts it; notes when it is ready and when each batch begins and ends."""
+
+        def __init__(self, encoder: str, log: str, encode: bool) -> None:
+            if not _WORKER:
+                _start_worker(encoder)
+            self._encode = encode
+            self._log = open(f"{log}/{os.getpid()}-{threading.get_ident()}-{id(self)}", "a", buffering=1)  # noqa: SIM115
+            self._log.write(f"{time.time()} ready\n")
+
+        @daft_package.method.batch(return_dtype=kind, batch_size=BATCH)
+        def embed(self, image: Any) -> Any:
+            from mim_ray.data.transforms import decode_images
+
+            start = time.time()
+            if own_decode:
+                pixels, _ = decode_images(image.to_pylist(), _WORKER["picture"])
+            else:
+                pixels = np.ascontiguousarray(np.stack(image.to_pylist()).transpose(0, 3, 1, 2))
+            vectors = np.zeros((len(pixels), 128), np.float32)
+            found = _encode_images(pixels, self._encode)
+            vectors[:, : found.shape[1]] = found
+            self._log.write(f"{start} {time.time()} {len(pixels)}\n")
+            return list(vectors)
+
+    class_ = daft_package.cls(Encoding, use_process=use_process, max_concurrency=cores)
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = itertools.count()
+
+        def run(items: str, encode: bool) -> Timed:
+            log = Path(folder) / str(next(numbers))
+            log.mkdir()
+            rows = daft_package.read_parquet(f"{items}/*.parquet")
+            image = daft_package.col("image")
+            if not own_decode:
+                image = image.decode_image(mode="RGB").resize(224, 224)
+            embedded = rows.select(
+                "item_id", class_(encoder, str(log), encode).embed(image).alias("embedding")
+            ).collect()
+            return _since_all_are_ready(log, time.time(), len(embedded))
+
+        yield run
+
+
+def _since_all_are_ready(log: Path, end: float, num_items: int) -> Timed:
+    """Seconds for all items at the rate since the last instance was ready (its start belongs to the query)."""
+    lines = [line.split() for path in log.iterdir() for line in path.read_text().splitlines()]
+    ready = max(float(line[0]) for line in lines if line[1] == "ready")
+    done = 0.0
+    for start, stop, num in ([float(value) for value in line] for line in lines if line[1] != "ready"):
+        done += num * min(1.0, max(0.0, (stop - ready) / (stop - start)))
+    return Timed(num_items, (end - ready) * num_items / done)
+
+
+SIDES = {
+    "extract": extract,
+    "process_pool": process_pool,
+    "daft": daft,
+    "daft_threads": partial(daft, use_process=False),
+    "daft_own_image": partial(daft, own_decode=False),
+}
 
 
 def main(name: str, encoder: str, cores: int) -> None:
@@ -193,9 +278,9 @@ def main(name: str, encoder: str, cores: int) -> None:
         for line in sys.stdin:
             items, encode = json.loads(line)
             start = time.perf_counter()
-            num = run(items, encode)
-            seconds = time.perf_counter() - start
-            print(json.dumps({"side": name, "seconds": seconds, "items": num}), flush=True)
+            done = run(items, encode)
+            seconds = time.perf_counter() - start if done.seconds is None else done.seconds
+            print(json.dumps({"side": name, "seconds": seconds, "items": done.num_items}), flush=True)
 
 
 if __name__ == "__main__":

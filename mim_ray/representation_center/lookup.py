@@ -25,9 +25,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from deltalake.exceptions import DeltaError
 
 from mim_ray.data.ids import Ids, hash_ids
-from mim_ray.errors import ArtifactError
+from mim_ray.errors import ArtifactError, MimRayError
 from mim_ray.representation_center.build import embedding_matrix
 from mim_ray.representation_center.current_rows import current_row_numbers, times
 from mim_ray.representation_center.deletions import Deletions
@@ -39,6 +40,8 @@ from mim_ray.representation_center.table_tail import TableTail
 from mim_ray.representation_center.updates import WindowTail
 
 NOT_COMMITTED = np.iinfo(np.int64).max  # commit_version of a segment that is not folded yet: after all commits
+STORAGE_PROBLEMS = (MimRayError, OSError, DeltaError)
+"""What `EmbeddingLookup.refresh` may raise: storage is away for a moment, or a segment is damaged. Go on and try again."""
 LATE_PUSH_S = 600.0  # an older segment is not taken from a push: the window or the table brings it
 
 _COLUMNS = ["item_id", "embedding", "category", "content_at", "commit_version", "shard_id", "deleted"]
@@ -76,9 +79,12 @@ class LayeredRows:
             dtype: of the vectors; np.float16 saves a copy where the snapshot stores that.
         """
         keys = string_array(ids)
-        hashes = hash_ids(keys)
         filled = [(shard, overlay) for shard, overlay in enumerate(self.overlays) if overlay and overlay.num_items]
-        shards = shard_of(hashes, len(self.overlays)) if filled and len(self.overlays) > 1 else None
+        if not filled:
+            rows = self.snapshot.lookup(keys)
+            return Embeddings(self._gather(rows, dtype), rows >= 0, pa.nulls(len(keys), pa.string()))
+        hashes = hash_ids(keys)
+        shards = shard_of(hashes, len(self.overlays)) if len(self.overlays) > 1 else None
         rows = self.snapshot.lookup(keys, hashes)
         found = rows >= 0
         matrix = self._gather(rows, dtype)

@@ -8,11 +8,13 @@ serial, release = read_wanted(state)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mim_ray import artifacts
 from mim_ray.errors import ArtifactError
+from mim_ray.representation_center.release import Release
+from mim_ray.representation_center.snapshot_line import current_snapshot, keep_snapshot
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,32 @@ class MachineRelease:
     tables: Mapping[str, TableSource]
     dense: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        center: str,
+        release: Release,
+        *,
+        id_tables: Mapping[str, str] | None = None,
+        dense: Mapping[str, str] | None = None,
+    ) -> MachineRelease:
+        """What a promoted release needs: its MM embeddings as table "mm", with the center's log and window above them.
+
+        Args:
+            id_tables: snapshots of ID tables by name. dense: safetensors files by name.
+        """
+        tables = {"mm": TableSource(release.snapshot, f"{center}/table", f"{center}/window")}
+        tables |= {name: TableSource(snapshot) for name, snapshot in (id_tables or {}).items()}
+        return cls(str(release.number), tables, dense or {})
+
+    def exact(self) -> MachineRelease:
+        """The same with one state in the place of every line of snapshots: machines that open it later must see the same."""
+        tables = {}
+        for name, source in self.tables.items():
+            state = current_snapshot(source.snapshot)
+            tables[name] = source if state is None else replace(source, snapshot=f"{source.snapshot}/{state}")
+        return replace(self, tables=tables)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -47,6 +75,16 @@ class MachineRelease:
     def from_json(cls, value: Mapping[str, Any]) -> MachineRelease:
         tables = {name: TableSource(**source) for name, source in value["tables"].items()}
         return cls(value["release_id"], tables, dict(value["dense"]))
+
+
+def keep_states(release: MachineRelease | None, *, owner: str, before: MachineRelease | None) -> None:
+    """Keep a release's snapshots from being pruned while machines hold it, and no longer those of the one before."""
+    lines = {} if release is None else _states_by_line(release)
+    for line, state in lines.items():
+        keep_snapshot(line, state, owner=owner)
+    for line in {} if before is None else _states_by_line(before):
+        if line not in lines:
+            keep_snapshot(line, None, owner=owner)
 
 
 def write_wanted(
@@ -88,3 +126,11 @@ def read_shape(state: str) -> tuple[int, int]:
     """Shards and replicas of the machines that were started last."""
     value = artifacts.read_json(state)
     return int(value["shards"]), int(value["replicas"])
+
+
+def _states_by_line(release: MachineRelease) -> dict[str, str]:
+    found = {}
+    for source in release.tables.values():
+        line, _, state = source.snapshot.rpartition("/")
+        found[line] = state
+    return found

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-from deltalake.exceptions import DeltaError
 
 from mim_ray import artifacts
 from mim_ray.data.ids import hash_ids
-from mim_ray.errors import ArtifactError, MimRayError
+from mim_ray.errors import ArtifactError
 from mim_ray.representation_center.key_index import shard_of
-from mim_ray.representation_center.lookup import EmbeddingLookup
+from mim_ray.representation_center.lookup import STORAGE_PROBLEMS, EmbeddingLookup
 from mim_ray.representation_center.machine_release import MachineRelease
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
@@ -29,7 +28,6 @@ from mim_ray.representation_center.table import EmbeddingTable
 logger = logging.getLogger(__name__)
 Vectors: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]
 """(n, D) vectors, (n,) bool found, positions with a category, those categories."""
-STORAGE_PROBLEMS = (MimRayError, OSError, DeltaError)
 
 
 OTHER_RELEASE, NOT_THERE = "it has another release", "its release does not hold that"

@@ -24,11 +24,11 @@ import pyarrow as pa
 from mim_ray.config.scenario import ParameterMachines as Settings
 from mim_ray.representation_center.direct_read import Control
 from mim_ray.representation_center.local_machines import boot_id
+from mim_ray.representation_center.lookup import STORAGE_PROBLEMS
 from mim_ray.representation_center.machine_release import MachineRelease, read_wanted
 from mim_ray.representation_center.machine_tables import (
     NOT_THERE,
     OTHER_RELEASE,
-    STORAGE_PROBLEMS,
     ReleasePart,
     Reply,
 )

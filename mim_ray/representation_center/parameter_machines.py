@@ -25,10 +25,17 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mim_ray import artifacts
 from mim_ray.config.scenario import ParameterMachines as Settings
 from mim_ray.errors import ConfigError, MimRayError, UnavailableError
 from mim_ray.representation_center.machine_calls import NAMESPACE, actor_name
-from mim_ray.representation_center.machine_release import MachineRelease, read_shape, read_wanted, write_wanted
+from mim_ray.representation_center.machine_release import (
+    MachineRelease,
+    keep_states,
+    read_shape,
+    read_wanted,
+    write_wanted,
+)
 from mim_ray.representation_center.machine_tables import Reply
 from mim_ray.representation_center.parameter_client import ParameterClient
 from mim_ray.representation_center.parameter_machine import START_TIMEOUT_S, ParameterMachine
@@ -93,6 +100,7 @@ class ParameterMachines:
             for shard in range(settings.shards)
             for replica in range(settings.replicas)
         }
+        release = release.exact()
         running = _is_running(names[0, 0])
         if running:
             _check_shape(state, settings)
@@ -120,9 +128,17 @@ class ParameterMachines:
             if not running:
                 machines.stop()
             raise
-        if read_wanted(state)[1] != release:
+        before = read_wanted(state)[1]
+        if before != release:
             machines.load(release)
+        else:
+            keep_states(release, owner=machines.owner, before=None)
         return machines
+
+    @property
+    def owner(self) -> str:
+        """Under this name the snapshots in use are kept from being pruned."""
+        return f"machines-{artifacts.fingerprint(self.state)}"
 
     def client(self) -> ParameterClient:
         """For lookups from any process of the cluster; it can be pickled."""
@@ -134,8 +150,10 @@ class ParameterMachines:
         Raises:
             ArtifactError: a machine cannot open it; all stay with the current one.
         """
+        release, before = release.exact(), read_wanted(self.state)[1]
         serial = write_wanted(self.state, release, prepare=self._prepare)
         self._all("activate", serial)
+        keep_states(release, owner=self.owner, before=before)
 
     def status(self) -> list[dict[str, Any]]:
         """`ParameterMachine.where` of those that answer, and what is the matter with the others."""
@@ -154,6 +172,7 @@ class ParameterMachines:
         ray.wait(closing, num_returns=len(closing), timeout=5.0)
         for actor in self.actors.values():
             ray.kill(actor)
+        keep_states(None, owner=self.owner, before=read_wanted(self.state)[1])
 
     def _prepare(self, serial: int, release: MachineRelease) -> None:
         try:

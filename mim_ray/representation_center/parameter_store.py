@@ -1,13 +1,13 @@
 """CMD (paper Section 3.5): the parameter machine's face, so that compute replicas ask for rows only.
 
     store = ParameterStore(snapshot_uri, table=table_uri, window=window_uri)
-    store.start(every_s=0.2)             # follow the window folder in the background
+    store.start(every_s=0.2)             # follow window and table in the background
     matrix, found, category = store.multi_get(ids)
     store.load(new_snapshot_uri)         # switch; lookups go on meanwhile
     store.stop()
 
-This is the in-process form: memory maps are shared by all processes of a machine. Actors that hold shards of a table too
-large for one machine take the same calls.
+This is the in-process form: memory maps are shared by all processes of a machine. parameter_machines.py holds tables that are
+too large for one machine, or that many ask for, in actors.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from mim_ray.data.ids import Ids
-from mim_ray.errors import MimRayError
-from mim_ray.representation_center.lookup import EmbeddingLookup
+from mim_ray.representation_center.lookup import STORAGE_PROBLEMS, EmbeddingLookup
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
@@ -82,7 +81,7 @@ class ParameterStore:
         self._lookup = self._open(snapshot)
 
     def start(self, every_s: float = 0.2) -> None:
-        """Follow the window folder in a thread. A poll that fails is logged and tried again."""
+        """Follow window and table in a thread. A poll that fails is logged and tried again."""
         if self._thread is None:
             self._stop.clear()
             self._thread = threading.Thread(target=self._follow, args=(every_s,), daemon=True, name="window-tail")
@@ -107,7 +106,7 @@ class ParameterStore:
             try:
                 self.refresh()
                 last = ""
-            except (MimRayError, OSError) as error:  # storage away for a moment, or a damaged segment: keep serving
+            except STORAGE_PROBLEMS as error:  # storage away for a moment, or a damaged segment: keep serving
                 if str(error) != last:
                     logger.warning("New items are not read at the moment: %s", error)
                 last = str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 import time
@@ -25,6 +26,7 @@ from mim_ray.representation_center.machine_release import MachineRelease, TableS
 from mim_ray.representation_center.parameter_client import ParameterClient
 from mim_ray.representation_center.parameter_machines import ParameterMachines
 from mim_ray.representation_center.snapshot import Snapshot, write_snapshot
+from mim_ray.representation_center.snapshot_line import kept_snapshots
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import append_segment, segment_rows
 
@@ -247,6 +249,8 @@ def test_switching_releases_stops_no_lookup_and_mixes_nothing(fleet: ParameterMa
         assert {client.multi_get(["i1"]).release for client in clients(fleet)} == {"two"}
         counts = reads.num_answers, calls.num_answers
         wait_until(lambda: reads.num_answers > counts[0] + 3 and calls.num_answers > counts[1] + 3, "lookups stopped")
+    line, _, state = second.tables["mm"].snapshot.rpartition("/")
+    assert kept_snapshots(line) == {fleet.owner: state}, "no refresh prunes what the machines need to come back"
     missing = MachineRelease("three", {"mm": TableSource(f"{center.root}/nowhere")})
     with pytest.raises(ArtifactError, match="nowhere"):
         fleet.load(missing)
@@ -310,3 +314,59 @@ def test_a_machine_that_hangs_does_not_show_an_old_row_beyond_the_bound(
         os.kill(pid, signal.SIGCONT)
     for reader in clients(single):
         assert reader.multi_get(["i8"]).matrix[0, 0] == 0.25
+
+
+@pytest.mark.chaos
+def test_soak_kills_stops_and_switches_while_items_keep_coming(
+    ray_cluster: None, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Random kills and hangs (KILLS, 20), switches of releases, and a stream of messages: never a row that was never true,
+    never an old one after the bound, and at the end everything everywhere."""
+    rng = random.Random(0)
+    center = Center(str(tmp_path))
+    options = settings(tmp_path_factory.mktemp("soak"), freshness_s=2.0)
+    release = {"one": 0.0, "two": 1_000.0}
+    releases = {name: center.release(name, value) for name, value in release.items()}
+    machines = ParameterMachines.start(f"{tmp_path}/state.json", releases["one"], options)
+    posted: list[tuple[float, float]] = []  # (time of the acknowledgement, value) of the item "hot"
+
+    def ask_with(client: ParameterClient) -> Callable[[], None]:
+        def ask() -> None:
+            least = max((value for at, value in posted if at < time.monotonic() - options.freshness_s), default=0.0)
+            answers = client.get_many({"mm": ["hot", *IDS], "item_id": IDS[:20]})
+            base = release[answers["mm"].release]
+            assert (answers["item_id"].matrix == base).all()
+            assert (answers["mm"].matrix[1:, 0] - base).tolist() == list(range(NUM))
+            if least:
+                assert answers["mm"].matrix[0, 0] >= least, "an old row after the bound"
+
+        return ask
+
+    try:
+        reading, calling = clients(machines)
+        with Asking(ask_with(reading), 1) as reads, Asking(ask_with(calling), 2) as calls:
+            for number in range(int(os.environ.get("KILLS", "20"))):
+                place = rng.choice(list(machines.actors))
+                known = pids(machines)
+                if place in known:
+                    action = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP])
+                    os.kill(known[place], action)
+                end = time.monotonic() + rng.uniform(0.0, 4.0)
+                while time.monotonic() < end:
+                    value = (number * 1_000 + len(posted)) / 8 + 1
+                    segment, rows = center.post(["hot"], value, len(posted) + 1)
+                    posted.append((time.monotonic(), float(np.float16(value))))
+                    machines.client().push("v1", segment, rows)  # type: ignore[arg-type]
+                    time.sleep(0.05)
+                if place in known and action == signal.SIGSTOP:
+                    os.kill(known[place], signal.SIGCONT)
+                wait_until(lambda: len(pids(machines)) == len(machines.actors), "a machine is not back")
+                if number % 5 == 4:
+                    machines.load(releases[rng.choice(list(release))])
+        print(f"{reads.num_answers} read, {calls.num_answers} called, {len(posted)} messages")
+        for client in clients(machines):
+            wait_until(
+                lambda client=client: client.multi_get(["hot"]).matrix[0, 0] == posted[-1][1], "the last is not seen"
+            )
+    finally:
+        machines.stop()
