@@ -47,7 +47,7 @@ class Plan:
 
     @classmethod
     def quickly(cls, cores: int, work: Path) -> Plan:
-        return cls(num_items=384, decode_items=1_024, rounds=1, cores=cores, quick=True, work=work, only="speed")
+        return cls(num_items=384, decode_items=2_048, rounds=1, cores=cores, quick=True, work=work, only="speed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,6 +117,8 @@ def measure_speed(plan: Plan) -> dict[str, Any]:
     _tell("start of " + ", ".join(names))
     sides = [Side(name, encoded.encoder, plan.cores) for name in names]
     try:
+        for side in sides:
+            side.wait()
         seconds = _in_turn(sides, encoded.items, True, plan.rounds)
         decode_seconds = _in_turn([side for side in sides if side.name != "daft"], decoded.items, False, plan.rounds)
     finally:

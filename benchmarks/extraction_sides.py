@@ -62,6 +62,9 @@ class Side:
             text=True,
         )
         self.name = name
+
+    def wait(self) -> None:
+        """Until it is ready; several sides start side by side."""
         self._receive()
 
     def seconds(self, items: str, encode: bool = True) -> float:

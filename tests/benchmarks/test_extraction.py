@@ -82,6 +82,9 @@ def test_report_has_every_key_and_its_table_tells_a_missed_goal(
         def __init__(self, name: str, encoder: str, cores: int) -> None:
             self.name = name
 
+        def wait(self) -> None:
+            pass
+
         def seconds(self, items: str, encode: bool) -> float:
             return {"extract": 2.0, "process_pool": 1.9, "daft": 1.0}[self.name]
 

@@ -30,7 +30,6 @@ from mim_ray.representation_center.table import EmbeddingTable
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 SETTINGS = Extraction(shard_rows=4, batch_size=4, commit_every_s=0.05, num_actors=2, num_decoders=0)
-ROW_BY_ROW = {"batch_size": 1}
 BAD = {
     "image": {3: b"broken", 4: None, 160: None, 161: b"x" * 100_001},
     "title": {3: None, 5: None, 160: None, 161: None, 20: "the same", 22: "the same"},
@@ -130,9 +129,12 @@ def check_actor(items: str, whole: tuple[EmbeddingTable, Extracted], folder: Pat
     assert_same_log(log(table), log(whole[0]))
 
 
-def check_worker(items: str, whole: tuple[EmbeddingTable, Extracted], folder: Path, part: float) -> None:
-    settings = SETTINGS.model_copy(update={"num_decoders": 1, **ROW_BY_ROW})
-    limit = max(1, int(part * 390) - 6)
+def check_worker(
+    items: str, whole: tuple[EmbeddingTable, Extracted], folder: Path, part: float, batch_size: int = 1
+) -> None:
+    """Small batches: a decoding task still has work when the encoder has done `part` of its own."""
+    settings = SETTINGS.model_copy(update={"num_decoders": 1, "batch_size": batch_size})
+    limit = max(1, int(part * 390 / batch_size) - 6)
     table = kill_worker(items, folder, settings, "ray::_decode", limit)
     assert_same_log(log(table), log(whole[0]))
 
@@ -153,7 +155,7 @@ def test_an_encoder_killed_at_its_work_changes_nothing(
 def test_a_decoding_worker_killed_at_its_work_changes_nothing(
     items: str, whole: tuple[EmbeddingTable, Extracted], tmp_path: Path
 ) -> None:
-    check_worker(items, whole, tmp_path, 0.5)
+    check_worker(items, whole, tmp_path, 0.5, batch_size=2)
 
 
 @pytest.mark.chaos

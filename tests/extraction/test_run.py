@@ -19,6 +19,7 @@ from mim_ray.encoders.tokenizer import train_tokenizer
 from mim_ray.errors import ArtifactError
 from mim_ray.extraction.read import Decoding
 from mim_ray.extraction.run import Extracted, extract, run
+from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 
@@ -28,7 +29,9 @@ SETTINGS = Extraction(shard_rows=50, batch_size=25, commit_every_s=0.1, num_acto
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 
-def fill(items: str, folder: Path, load: Any, settings: Extraction = SETTINGS) -> tuple[EmbeddingTable, Extracted]:
+def fill(
+    items: str, folder: Path, load: Any, settings: Extraction = SETTINGS, snapshots: str | None = None
+) -> tuple[EmbeddingTable, Extracted]:
     table = EmbeddingTable(f"{folder}/table").create()
     done = extract(
         items,
@@ -39,6 +42,7 @@ def fill(items: str, folder: Path, load: Any, settings: Extraction = SETTINGS) -
         settings=settings,
         rejects=f"{folder}/rejects",
         load=load,
+        snapshots=snapshots,
     )
     return table, done
 
@@ -88,6 +92,43 @@ def test_every_usable_item_is_in_the_table_once_and_a_second_run_does_nothing(
     _, again = fill(items, Path(table.uri).parent, stand_in())
     assert (again.num_rows_done, again.num_shards_found, table.version) == (0, done.num_shards, version)
     assert again.rejects.num_rows == done.rejects.num_rows
+
+
+def test_content_that_the_snapshot_has_is_copied_unless_it_was_rounded(
+    items: str, undisturbed: tuple[EmbeddingTable, Extracted], tmp_path: Path, make_items: Callable[..., str]
+) -> None:
+    """A changed title changes the file, so all of its shards are made again; only the changed row is encoded."""
+    changed = make_items(
+        tmp_path / "data", num=300, row_group_rows=80, **(BAD | {"title": {**BAD["title"], 10: "new"}})
+    )
+
+    def counting(folder: Path) -> Any:
+        def load(uri: str, use_gpu: bool) -> Any:
+            def encode(titles: Any, images: Any, has_image: Any) -> Any:
+                with open(f"{folder}-encoded", "a") as file:
+                    file.write("".join(f"{title}\n" for title in titles))
+                return np.eye(4, dtype=np.float32)[np.zeros(len(titles), int)]
+
+            return encode
+
+        return load
+
+    before = undisturbed[0]
+    for dtype, encoded in (("float32", {"new"}), ("float16", None)):
+        line = f"{tmp_path}/{dtype}"
+        build_snapshot(before, "v1", line, dtype=dtype)
+        table, done = fill(changed, tmp_path / f"b-{dtype}", counting(tmp_path / dtype), snapshots=line)
+        assert done.num_rows_done == 300
+        titles = (tmp_path / f"{dtype}-encoded").read_text().splitlines()
+        if encoded is None:
+            assert len(titles) > 250
+            continue
+        assert set(titles) == encoded
+        found, expected = log(table), log(before)
+        assert found["item_id"].to_pylist() == expected["item_id"].to_pylist()
+        same = np.array(found["item_id"].to_pylist()) != "item-10"
+        for name in ("content_hash", "embedding"):
+            assert found.filter(pa.array(same))[name].equals(expected.filter(pa.array(same))[name])
 
 
 def test_actors_that_ask_for_a_gpu_are_given_one(tmp_path: Path, make_items: Callable[..., str], stand_in: Any) -> None:
