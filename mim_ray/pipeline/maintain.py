@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from mim_ray.config import Scenario, load_scenario
 from mim_ray.config.load import scenario_names
-from mim_ray.errors import ArtifactError
+from mim_ray.errors import ArtifactError, StorageError
+from mim_ray.object_store import storage_errors
 from mim_ray.pipeline.cli import duration_s, told
 from mim_ray.pipeline.layout import Layout
 
@@ -32,7 +33,8 @@ def run(scenario: Scenario, *, every_s: float | None = None) -> None:
     """One round with a summary, or one every `every_s` seconds, a line each, until the process is interrupted.
 
     Raises:
-        ArtifactError: there is no table. With `every_s` it is told, and tried again in the next round.
+        ArtifactError: there is no table. StorageError: the store does not answer. With `every_s` they are told, and the next
+            round tries again.
     """
     from mim_ray.representation_center.maintenance import maintain
     from mim_ray.runtime.summary import format_summary
@@ -44,13 +46,14 @@ def run(scenario: Scenario, *, every_s: float | None = None) -> None:
     while True:
         start = time.monotonic()
         try:
-            done = maintain(
-                center,
-                retention=timedelta(hours=settings.retention_h),
-                deleted_retention=None if deleted_days is None else timedelta(days=deleted_days),
-                purge_every=timedelta(hours=settings.purge_every_h),
-            )
-        except ArtifactError as error:
+            with storage_errors(center):
+                done = maintain(
+                    center,
+                    retention=timedelta(hours=settings.retention_h),
+                    deleted_retention=None if deleted_days is None else timedelta(days=deleted_days),
+                    purge_every=timedelta(hours=settings.purge_every_h),
+                )
+        except (ArtifactError, StorageError) as error:
             if every_s is None:
                 raise
             print(f"{_clock()}  {error}", file=sys.stderr, flush=True)

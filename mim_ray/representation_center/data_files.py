@@ -88,7 +88,7 @@ class DataFile:
     @property
     def batch_shard(self) -> str | None:
         """The one batch shard whose file this is, by its name; None for window segments and compacted files."""
-        name = self.path.rpartition("/")[2]
+        name = unquote(self.path).rpartition("/")[2]
         return name.removeprefix("batch-").rpartition("-")[0] if name.startswith("batch-") else None
 
     @property

@@ -15,9 +15,14 @@ from deltalake import DeltaTable
 
 from mim_ray.data.schema import TIME
 from mim_ray.representation_center import compacted_files, compaction, log_state
+from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.compaction import Compacted, compact, plan, purge
 from mim_ray.representation_center.data_files import DataFile, Fragment, write_fragment
+from mim_ray.representation_center.lookup import EmbeddingLookup
+from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.representation_center.snapshot_line import list_snapshots
 from mim_ray.representation_center.table import EmbeddingTable
+from mim_ray.representation_center.updates import WINDOW_SCHEMA, append_segment, fold
 
 DAY = 86_400_000_000
 NOW = datetime(1970, 3, 1, tzinfo=UTC)
@@ -326,3 +331,42 @@ def test_a_log_of_deletions_only_can_be_purged_to_nothing(table: EmbeddingTable)
     assert purge(table, "v1", before=late, committed_before=late).num_purged == 2
     assert all_rows(table).num_rows == 0
     assert table.committed_shards("v1") == {"s1"}
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_lookups_that_follow_agree_with_the_log_through_folds_snapshots_and_compactions(
+    tmp_path: Path, apart: bool
+) -> None:
+    rng = np.random.default_rng(int(apart))
+    table, window, line = EmbeddingTable(f"{tmp_path}/table").create(), f"{tmp_path}/window", f"{tmp_path}/snapshots/v1"
+    table.append(rows(["a", "b"], 1, [1, 1]), encoder_version="v1")
+    build_snapshot(table, "v1", line)
+    follower = EmbeddingLookup(Snapshot.open(line), table=table, window=window, table_every_s=0)
+    for step in range(40):
+        ids = [f"i{number}" for number in rng.choice(30, 3, replace=False)] + ["a"]
+        data = rows(ids, step + 2, rng.integers(1, 6, 4).tolist(), (rng.random(4) < 0.2).tolist())
+        if rng.random() < 0.5:
+            message = data.append_column("category", pa.nulls(4, pa.string())).select(WINDOW_SCHEMA.names)
+            append_segment(window, message.cast(WINDOW_SCHEMA), encoder_version="v1")
+        else:
+            table.append(data, encoder_version="v1")
+        for chance, work in (
+            (0.3, lambda: fold(window, table, keep_s=60 * float(rng.integers(2)))),
+            (0.3, follower.refresh),
+            (0.1, lambda: build_snapshot(table, "v1", line)),
+            (0.3, lambda: compact(table, "v1", fan_in=2, keep_apart=versions(line) if apart else ())),
+        ):
+            if rng.random() < chance:
+                work()
+    fold(window, table)
+    follower.refresh()
+    current = {row["item_id"]: row["embedding"][0] for row in table.current_rows("v1").to_pylist()}
+    ids = [*[f"i{number}" for number in range(30)], "a", "b"]
+    for lookup in (follower, EmbeddingLookup(Snapshot.open(line), table=table, window=window)):
+        found = lookup.get(ids)
+        there = zip(ids, found.matrix[:, 0].tolist(), found.found, strict=True)
+        assert {item: value for item, value, is_there in there if is_there} == current
+
+
+def versions(line: str) -> list[int]:
+    return [state.delta_version for state in list_snapshots(line)]

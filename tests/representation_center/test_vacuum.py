@@ -77,6 +77,7 @@ def test_vacuum_deletes_only_what_is_old_and_named_by_nobody(table: EmbeddingTab
     assert replaced < expected  # replaced just now: a reader may have begun before
     assert (folder / "notes.txt").exists()
     table.commit([young])
+    assert EmbeddingTable(table.uri).committed_shards("v1") == {"in flight", *[f"s{step}" for step in range(6)]}
     assert current(table) == {"all": 5, "x": 1} | {f"i{step}": step for step in range(6)}
 
 
