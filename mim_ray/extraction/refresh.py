@@ -370,7 +370,7 @@ class Refresher:
         return built.snapshot_id, True
 
     def _cool(self) -> None:
-        if self._pool is not None and self._own_pool:
+        if self._pool is not None and self._own_pool and ray.is_initialized():
             self._pool.__exit__(None, None, None)
             self._pool = None
 
