@@ -358,8 +358,9 @@ class Refresh(Section):
     """A round with at most so many items to encode uses actors that stay alive between rounds; a larger one the pipeline."""
     max_deleted_ratio: Ratio = 0.5
     """A round that would delete more of the known items (and more than 100) stops: half a catalogue is rather a mistake."""
-    snapshot_every_s: Annotated[float, Field(ge=0.0)] = 0.0
-    """A changed table gets a new snapshot at most this often; 0: after each round that finds it changed."""
+    snapshot_every_s: Annotated[float, Field(ge=0.0)] = 600.0
+    """With --every, a changed table gets a new snapshot at most this often (its cost is that of all items); what follows the
+    table sees changes at once. 0: after each round that finds it changed. A single round always builds one."""
 
 
 class Ciubm(Workers):

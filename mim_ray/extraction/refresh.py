@@ -15,7 +15,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import TracebackType
 
@@ -60,6 +60,7 @@ class Round:
     Attributes:
         unchanged: items of the catalogue that needed nothing. older: changes that are older than what is known of the item.
         copied: items whose content was known from another one. rejected: of this round's rows, by reason.
+        seconds: of the whole round; snapshot_s: of them for a snapshot.
         snapshot: id of the newest one, None where there is none. built: whether this round made it.
         notes: sentences for a person.
     """
@@ -75,6 +76,7 @@ class Round:
     seconds: float = 0.0
     snapshot: str | None = None
     built: bool = False
+    snapshot_s: float = 0.0
     notes: tuple[str, ...] = ()
 
     @property
@@ -175,9 +177,10 @@ class Refresher:
             done = self._apply(listing, state, now, full)
         else:
             done = Round(unchanged=state.num_rows)
+        before = time.monotonic()
         snapshot, built = self._snapshot()
-        seconds = time.monotonic() - start
-        return Round(**asdict(done) | {"seconds": seconds, "snapshot": snapshot, "built": built, "notes": notes})
+        end = time.monotonic()
+        return replace(done, seconds=end - start, snapshot=snapshot, built=built, snapshot_s=end - before, notes=notes)
 
     def _usable_state(self, full: bool) -> tuple[CatalogueState | None, tuple[str, ...]]:
         """The last state, if the catalogue may be compared with it, and why not."""
@@ -367,7 +370,7 @@ class Refresher:
         return built.snapshot_id, True
 
     def _cool(self) -> None:
-        if self._pool is not None and self._own_pool:
+        if self._pool is not None and self._own_pool and ray.is_initialized():
             self._pool.__exit__(None, None, None)
             self._pool = None
 

@@ -38,7 +38,6 @@ def refresh(scenario: Scenario, *, every_s: float | None = None, full: bool = Fa
     from mim_ray.runtime.lease import LeaseTakenError
 
     layout = Layout.of(scenario)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # gives lease and actors back, as Ctrl-C does
     again = True
     while again:
         refresher = _refresher(scenario, layout)  # a new encoder, a new refresher
@@ -46,7 +45,8 @@ def refresh(scenario: Scenario, *, every_s: float | None = None, full: bool = Fa
             f"refresh of {layout.center}, encoder {refresher.encoder_version}, catalogue {refresher.items}", flush=True
         )
         try:
-            with cluster(scenario.run), refresher:
+            with refresher, cluster(scenario.run):  # in this order: who has no lease starts no Ray
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has its own, which gives nothing back
                 again = _rounds(refresher, scenario, layout, every_s, full)
         except LeaseTakenError as error:
             print(f"{error} This one leaves.", flush=True)

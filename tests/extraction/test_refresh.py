@@ -54,7 +54,7 @@ def start(tmp_path: Path, pool: EncoderPool) -> Iterator[Callable[..., Refresher
             encoder_version="v1",
             decoding=DECODING,
             settings=SETTINGS,
-            refresh=Refresh(**settings),
+            refresh=Refresh(**{"snapshot_every_s": 0.0} | settings),
             rejects=f"{tmp_path}/{center}-rejects",
             pool=pool,
         )
