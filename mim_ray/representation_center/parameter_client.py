@@ -30,8 +30,8 @@ from mim_ray.data.ids import Ids, hash_ids
 from mim_ray.errors import UnavailableError
 from mim_ray.representation_center.direct_read import View
 from mim_ray.representation_center.key_index import shard_of, string_array
+from mim_ray.representation_center.layered_rows import Embeddings, as_float32
 from mim_ray.representation_center.local_machines import LocalMachines
-from mim_ray.representation_center.lookup import Embeddings, as_float32
 from mim_ray.representation_center.machine_calls import MachineCalls
 from mim_ray.representation_center.machine_tables import Vectors, shard_of_name
 
