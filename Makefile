@@ -4,6 +4,7 @@ UV_VERSION := 0.13.8
 UV := .uv/bin/uv
 BIN := .venv/bin
 STAMP := .venv/.installed
+KILLS ?= 6
 
 export PYTHONUNBUFFERED := 1
 export RAY_USAGE_STATS_ENABLED := 0
@@ -40,8 +41,8 @@ test-ray: $(STAMP)
 test-rest: $(STAMP)
 	$(BIN)/python -m pytest -m "not ray and not chaos"
 
-chaos: $(STAMP)  ## long kill and soak tests
-	$(BIN)/python -m pytest -m chaos
+chaos: $(STAMP)  ## long kill and soak tests; KILLS=n sets how many random kills of the extraction
+	KILLS=$(KILLS) $(BIN)/python -m pytest -m chaos
 
 check: $(STAMP)  ## lint, types, import contract
 	$(BIN)/ruff format --check .

@@ -4,7 +4,8 @@
     python benchmarks/scale.py --json scale.json              larger logs, a few minutes
 
 One core: Arrow and OpenMP run in one thread. Vectors are random and of length 1, which no compression makes small; ids have 13
-letters. The result's "rates" can be given to jobs/plan.py --rates.
+letters. Encoding is a plain loop over the project's own decoding and a random ResNet-18; benchmarks/extraction.py measures the whole
+job. The result's "rates" can be given to jobs/plan.py --rates.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
 
 import argparse
+import io
 import json
 import statistics
 import tempfile
@@ -25,9 +27,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import timm
+import torch
 from measuring import machine
+from PIL import Image
 
 from mim_ray.data.schema import TIME
+from mim_ray.data.transforms import PictureFormat, decode_images
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.compaction import compact
 from mim_ray.representation_center.data_files import Fragment, write_fragment
@@ -46,9 +52,10 @@ class Plan:
     width: int = 128
     num_files: tuple[int, ...] = (1_000, 20_000, 100_000)
     num_commits: int = 30
+    encoding_s: float = 30.0
 
 
-QUICK = Plan(rows=40_000, speed_rows=150_000, num_files=(500, 10_000), num_commits=15)
+QUICK = Plan(rows=40_000, speed_rows=150_000, num_files=(500, 10_000), num_commits=15, encoding_s=6.0)
 
 
 def main() -> None:
@@ -59,8 +66,9 @@ def main() -> None:
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
     plan, start = QUICK if args.quick else Plan(), time.monotonic()
+    rates = items_per_second(plan)
     with tempfile.TemporaryDirectory() as folder:
-        rates = bytes_per_item(Path(folder) / "bytes", plan)
+        rates |= bytes_per_item(Path(folder) / "bytes", plan)
         rates |= rows_per_second(Path(folder) / "speed", plan)
         rates |= commit_seconds(Path(folder) / "commits", plan)
     report = {
@@ -76,6 +84,38 @@ def main() -> None:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def items_per_second(plan: Plan) -> dict[str, Any]:
+    """Items per second of one core: decoding JPEGs of 512 × 512 to 224 × 224, and that with a ResNet-18 in float32."""
+    torch.set_num_threads(1)
+    picture = PictureFormat(224)
+    rng = np.random.default_rng(0)
+    images = [jpeg(rng) for _ in range(48)]
+    model = timm.create_model("resnet18", num_classes=0).eval()
+    rates = {}
+    for name, encode in (("decode", False), ("encode", True)):
+        done, end = 0, time.perf_counter() + plan.encoding_s / 2
+        start = time.perf_counter()
+        with torch.inference_mode():
+            while time.perf_counter() < end:
+                pixels, _ = decode_images(images[done % 48 : done % 48 + 16], picture)
+                if encode:
+                    model(torch.from_numpy(pixels).float() / 255)
+                done += 16
+        value = done / (time.perf_counter() - start)
+        note = f"JPEG 512², quality 85, to 224²{', and a random ResNet-18 in float32, batches of 16' if encode else ''}"
+        rates[f"{name}_items_per_s_per_core"] = {"value": value, "unit": "items/s", "note": note}
+    return rates
+
+
+def jpeg(rng: np.random.Generator) -> bytes:
+    """A picture of coloured areas with noise, about 55 KB."""
+    areas = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).resize((512, 512), Image.Resampling.BICUBIC)
+    pixels = np.asarray(areas).astype(np.int16) + rng.integers(-12, 13, (512, 512, 3), np.int16)
+    file = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
+    return file.getvalue()
 
 
 def bytes_per_item(folder: Path, plan: Plan) -> dict[str, Any]:

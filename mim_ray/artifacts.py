@@ -213,6 +213,13 @@ def download(uri: str, target: Path) -> None:
         raise ArtifactError(f"{uri} is not there. Run the stage that makes it first.") from None
 
 
+def upload(path: Path, uri: str) -> None:
+    """Copy a local file to an object store, in pieces; readers see all of it or nothing."""
+    fs, target = filesystem(uri)
+    with storage_errors(uri), path.open("rb") as source, fs.open_output_stream(target) as stream:
+        shutil.copyfileobj(source, stream, 2**24)
+
+
 def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode())
 

@@ -109,13 +109,14 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_server: S3) -> Iterator[None]:
+def ray_cluster(s3_server: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An embedded Ray with two CPUs and one pretended GPU, for all tests of the session. Its workers can reach `s3`."""
     from mim_ray.config.scenario import Run
     from mim_ray.runtime.cluster import cluster
 
     with contextlib.ExitStack() as stack:
-        with unittest.mock.patch.dict(os.environ, s3_server.env):
+        env = s3_server.env | {"MIM_RAY_CACHE": str(tmp_path_factory.mktemp("cache"))}
+        with unittest.mock.patch.dict(os.environ, env):
             stack.enter_context(cluster(Run(num_cpus=2, num_gpus=1, object_store_mb=200)))
         yield
 

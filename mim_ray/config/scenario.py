@@ -351,6 +351,17 @@ class Extraction(Section):
     """torch.compile the towers: faster batches on a GPU after a slow start."""
 
 
+class Refresh(Section):
+    """Rounds of jobs/refresh.py; encoder, actors and shards are those of `extraction`."""
+
+    warm_rows: Positive = 4_096
+    """A round with at most so many items to encode uses actors that stay alive between rounds; a larger one the pipeline."""
+    max_deleted_ratio: Ratio = 0.5
+    """A round that would delete more of the known items (and more than 100) stops: half a catalogue is rather a mistake."""
+    snapshot_every_s: Annotated[float, Field(ge=0.0)] = 0.0
+    """A changed table gets a new snapshot at most this often; 0: after each round that finds it changed."""
+
+
 class Ciubm(Workers):
     """Section 3.4: the CTR model."""
 
@@ -477,6 +488,7 @@ class Scenario(Section):
     pretraining: Pretraining = Pretraining()
     csft: Csft = Csft()
     extraction: Extraction = Extraction()
+    refresh: Refresh = Refresh()
     ciubm: Ciubm = Ciubm()
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()

@@ -7,7 +7,7 @@ or binaries. What cannot be used as a whole is a DataError that names the file, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -128,7 +128,7 @@ def read_table(root: str, name: str, columns: Sequence[str] | None = None) -> ra
     dataset = open_dataset(uri, name)
     names = list(columns) if columns is not None else table.schema.names
     present = [column for column in names if column in dataset.schema.names]
-    if _is_delta(uri):
+    if is_delta(uri):
         rows = ray.data.read_delta(uri, columns=present, storage_options=delta_options(uri))
     else:
         filesystem, _ = artifacts.filesystem(uri)
@@ -144,7 +144,7 @@ def open_dataset(uri: str, name: str) -> ds.Dataset:
         DataError: as validate_schema; also for files that are no Parquet.
     """
     try:
-        if _is_delta(uri):
+        if is_delta(uri):
             table = deltalake.DeltaTable(uri, storage_options=delta_options(uri))
             dataset = table.to_pyarrow_dataset(filesystem=artifacts.folder_filesystem(uri))
         else:
@@ -171,9 +171,23 @@ def shards(uri: str, name: str, rows: int = 100_000, max_bytes: int = 256 * 2**2
 
 def iter_shards(uri: str, name: str, rows: int = 100_000, max_bytes: int = 256 * 2**20) -> Iterator[Shard]:
     """As `shards`, one by one: of the files' footers one is in memory at a time, if the caller keeps no shard."""
-    table, dataset = TABLES[name], open_dataset(uri, name)
+    yield from cut(open_dataset(uri, name), name, rows=rows, max_bytes=max_bytes)
+
+
+def cut(
+    dataset: ds.Dataset,
+    name: str,
+    *,
+    rows: int = 100_000,
+    max_bytes: int = 256 * 2**20,
+    files: Container[str] | None = None,
+) -> Iterator[Shard]:
+    """As `iter_shards`, of an open dataset; of `files` only, where they are named (the others are not opened)."""
+    table = TABLES[name]
     first_row = 0
     for kept in dataset.get_fragments():
+        if files is not None and kept.path not in files:
+            continue
         fragment = unread(kept)
         group: list[int] = []
         num_rows = size = 0
@@ -281,5 +295,5 @@ def _whole(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
     return pc.if_else(whole, values, pa.scalar(None, pa.float64())).cast(wanted)
 
 
-def _is_delta(uri: str) -> bool:
+def is_delta(uri: str) -> bool:
     return artifacts.exists(f"{uri}/_delta_log")

@@ -116,7 +116,7 @@ def clean_title(title: str | None, max_chars: int = 2_000) -> str | None:
     return " ".join(title.split())[:max_chars].strip() or None if title else None
 
 
-def content_hash(title: str | None, image: bytes | None) -> str:
+def content_hash(title: str | None, image: bytes | memoryview | None) -> str:
     """32 hex digits of what an item shows. None and empty differ; equal content gives equal hashes everywhere."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (None if title is None else title.encode(), image):

@@ -106,13 +106,15 @@ class ShardEncoder:
             reader.close()
         else:
             self._readers[number] = reader
-        rows = resolve(pa.concat_tables(blocks), _snapshot(work))
+        whole = pa.concat_tables(blocks)
+        rows = resolve(whole, _snapshot(work))
         return write_shard(
             rows,
             shard_id=piece.shard_id,
             table=work.table,
             rejects=work.rejects,
             encoder_version=work.encoder_version,
+            num_copied=2 * whole.num_rows - whole["same_as"].null_count - whole["snapshot_row"].null_count,
         )
 
     def _open(self, unit: Unit, work: Work) -> _Reader:

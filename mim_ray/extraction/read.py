@@ -123,7 +123,7 @@ def prepare_items(rows: pa.Table, duplicate: np.ndarray, decoding: Decoding, see
         copied instead, both null where the row itself is to be encoded.
     """
     seen = Seen() if seen is None else seen
-    titles = [_title(title, decoding.max_title_chars) for title in rows["title"].to_pylist()]
+    titles = [clean_item_title(title, decoding.max_title_chars) for title in rows["title"].to_pylist()]
     drop_reasons = _drop_reasons(rows["item_id"], duplicate)
     images: list[bytes | BadImage | None] = _images_of(rows, decoding)
     for row, reason in enumerate(drop_reasons):
@@ -186,8 +186,9 @@ def open_snapshot(uri: str) -> Snapshot:
     return Snapshot.open(uri, verify=False)
 
 
-def _title(title: str | None, max_chars: int) -> str | None:
-    return clean_title(title[: 16 * max_chars] if title else title, max_chars)  # a title of megabytes costs no more
+def clean_item_title(title: str | None, max_chars: int) -> str | None:
+    """As clean_title; a title of megabytes costs no more than another."""
+    return clean_title(title[: 16 * max_chars] if title else title, max_chars)
 
 
 def _drop_reasons(ids: pa.ChunkedArray, duplicate: np.ndarray) -> list[str | None]:

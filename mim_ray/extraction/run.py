@@ -18,7 +18,7 @@ import pyarrow as pa
 import ray
 
 from mim_ray import artifacts
-from mim_ray.config.scenario import Extraction, Scenario
+from mim_ray.config.scenario import Data, Extraction, Scenario
 from mim_ray.data.image_files import images_root
 from mim_ray.data.rejects import write_rejects
 from mim_ray.data.sources import require_table
@@ -62,15 +62,8 @@ def run(
     Raises:
         DataError: there is no usable items table. ArtifactError: there is no usable encoder.
     """
-    described = artifacts.read_json(f"{encoder}/encoder.json")
-    try:
-        version, picture = described["encoder_version"], PictureFormat.from_json(described["picture"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{encoder}/encoder.json describes no encoder ({error}). Run its stage again.") from None
-    data = scenario.data
-    decoding = Decoding(
-        picture, data.max_image_bytes, data.max_image_pixels, data.max_title_chars, images_root(data, data_root)
-    )
+    version, picture = describe_encoder(encoder)
+    decoding = decoding_of(scenario.data, data_root, picture)
     table = EmbeddingTable(f"{center}/table").create()
     done = extract(
         require_table(data_root, "items"),
@@ -107,6 +100,26 @@ def run(
         ("snapshot", f"{snapshot.num_rows:,} × {snapshot.width} {snapshot.dtype}, encoder {version}"),
     ]
     return StageResult(metrics, rows, counts)
+
+
+def describe_encoder(encoder: str) -> tuple[str, PictureFormat]:
+    """(version, what pictures it takes) of the encoder saved at `encoder`.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    described = artifacts.read_json(f"{encoder}/encoder.json")
+    try:
+        return str(described["encoder_version"]), PictureFormat.from_json(described["picture"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{encoder}/encoder.json describes no encoder ({error}). Run its stage again.") from None
+
+
+def decoding_of(data: Data, data_root: str, picture: PictureFormat) -> Decoding:
+    """How the content of the tables below `data_root` becomes the encoder's input."""
+    return Decoding(
+        picture, data.max_image_bytes, data.max_image_pixels, data.max_title_chars, images_root(data, data_root)
+    )
 
 
 def extract(

@@ -25,13 +25,21 @@ TABLE_COLUMNS = ["item_id", "embedding", "content_hash", "content_at", "category
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A finished shard: the file that holds its rows, which no commit names yet, and how many rows it accounts for."""
+    """A finished shard: the file that holds its rows, which no commit names yet, and how many rows it accounts for.
+
+    Attributes:
+        num_copied: rows whose embedding was that of equal content. rejects: URI of the file of its rejects, if it has any.
+    """
 
     num_rows: int
     fragment: Fragment
+    num_copied: int = 0
+    rejects: str | None = None
 
 
-def write_shard(rows: pa.Table, *, shard_id: str, table: str, rejects: str, encoder_version: str) -> ShardFile:
+def write_shard(
+    rows: pa.Table, *, shard_id: str, table: str, rejects: str, encoder_version: str, num_copied: int = 0
+) -> ShardFile:
     """Write a shard's rows (embed.resolve) as one file of the table; its rejects, if any, beside under the same name."""
     good = rows.filter(pc.is_null(rows["drop_reason"])).select(TABLE_COLUMNS)
     fragment = write_fragment(table, good, encoder_version=encoder_version, shard_id=shard_id)
@@ -39,8 +47,9 @@ def write_shard(rows: pa.Table, *, shard_id: str, table: str, rejects: str, enco
     if unusable.num_rows:
         sink = pa.BufferOutputStream()
         pq.write_table(unusable, sink)
-        artifacts.write_bytes(f"{rejects}/{_name(fragment.path)}", sink.getvalue().to_pybytes())
-    return ShardFile(rows.num_rows, fragment)
+        uri = f"{rejects}/{_name(fragment.path)}"
+        artifacts.write_bytes(uri, sink.getvalue().to_pybytes())
+    return ShardFile(rows.num_rows, fragment, num_copied, uri if unusable.num_rows else None)
 
 
 def read_rejects_of(plan: Plan, rejects: str) -> pa.Table:
@@ -50,12 +59,14 @@ def read_rejects_of(plan: Plan, rejects: str) -> pa.Table:
     for file in artifacts.list_files(rejects, ".parquet"):
         by_shard.setdefault(_name(file).removeprefix("batch-").rpartition("-")[0], file)
 
-    def read(file: str) -> pa.Table:
-        return pq.read_table(pa.BufferReader(artifacts.read_bytes(file)))
-
     with ThreadPoolExecutor(8) as pool:
         wanted = [by_shard[shard_id] for shard_id in plan.shard_ids() if shard_id in by_shard] if by_shard else []
-        return pa.concat_tables([REJECTS.schema.empty_table(), *pool.map(read, wanted)])
+        return pa.concat_tables([REJECTS.schema.empty_table(), *pool.map(read_rejects_file, wanted)])
+
+
+def read_rejects_file(uri: str) -> pa.Table:
+    """The rejects of one shard."""
+    return pq.read_table(pa.BufferReader(artifacts.read_bytes(uri)))
 
 
 class Committer:

@@ -98,7 +98,7 @@ def _encoding(book: _Book) -> float | None:
     measured = book.rate("encode_items_per_s_per_core") if needs.core_rate is None else None
     core_rate = needs.core_rate if needs.core_rate is not None else measured
     if core_rate is None:
-        basis = "missing: give --core-rate, or --rates with the result of benchmarks/extraction.py"
+        basis = "missing: give --core-rate, or --rates with the result of benchmarks/scale.py"
     else:
         basis = "items ÷ --core-rate (yours)" if measured is None else "items ÷ encode_items_per_s_per_core (measured)"
     core_hours = book.add(group, "core-hours, on CPUs only", _hours(needs.items, core_rate), "h", basis)

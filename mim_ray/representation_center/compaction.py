@@ -203,7 +203,8 @@ def _merge(
             if keep.any():
                 start = 0
                 for rows in file.batches():
-                    target.write(rows.filter(pa.array(keep[start : start + rows.num_rows])))
+                    mask = keep[start : start + rows.num_rows]
+                    target.write(rows if mask.all() else rows.filter(pa.array(mask)))
                     start += rows.num_rows
             target.account_for(mark)
     version = table.replace(files, target.fragments, commit_version=files[-1].commit_version)

@@ -35,7 +35,12 @@ FILE_SCHEMA = pa.schema([field for field in SCHEMA if field.name not in PARTITIO
 SHARDS_KEY = b"mim_ray.shards"
 SEGMENTS_KEY = b"mim_ray.segments"
 COMPACTED = "compacted-"
-WRITE_OPTIONS: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["origin", "shard_id", "category"]}
+WRITE_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "use_dictionary": ["origin", "shard_id", "category"],
+    "use_byte_stream_split": ["embedding.list.element"],  # a tenth smaller and faster to write and to read than without
+    "write_statistics": [name for name in FILE_SCHEMA.names if name != "embedding"],
+}
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from mim_ray.data.ids import IdBytes, Ids, hash_ids, tail_masks
+from mim_ray.representation_center.buckets import Buckets
 
 KEY_PADDING = 24
 """Zero bytes behind the last id, so that two aligned words can be read from any position."""
-GROUP_BITS = 6
 _HALF, _THREE, _SEVEN, _WORD_BITS = np.uint64(32), np.uint64(3), np.uint64(7), np.uint64(64)
 
 
@@ -155,48 +155,6 @@ class KeyIndex:
         return starts
 
 
-class Buckets:
-    """First row of each value of a hash's leading bits, in two levels: a row number for 64 values, and steps from there.
-
-    Args:
-        bits: how many leading bits.
-        groups: unsigned, first row of each 64 values. steps: (64 a group) unsigned, the value's first row less its group's.
-        first_group: number of groups[0].
-    """
-
-    def __init__(self, bits: int, groups: np.ndarray, steps: np.ndarray, first_group: int = 0) -> None:
-        self.bits, self.groups, self.steps, self.first_group = bits, groups, steps, first_group
-        self._shift = np.uint64(64 - bits)
-
-    def first_rows(self, hashes: np.ndarray) -> np.ndarray:
-        """(n,) int64 row at which to begin looking for each hash."""
-        value = (hashes >> self._shift).view(np.int64)
-        if self.first_group:
-            value -= self.first_group << GROUP_BITS
-        rows = self.groups.take(value >> GROUP_BITS, mode="clip").astype(np.int64)
-        rows += self.steps.take(value, mode="clip")
-        return rows
-
-    @staticmethod
-    def bits_for(num_rows: int) -> int:
-        """Leading bits: half a row to one row for each value, so that the table takes 1 to 2 bytes a row."""
-        return max(GROUP_BITS, (num_rows - 1).bit_length())
-
-    @classmethod
-    def of(cls, hashes: np.ndarray) -> Buckets:
-        """The table of ascending hashes."""
-        bits = cls.bits_for(len(hashes))
-        first = first_rows_of(hashes, bits, 0, 2**bits).reshape(-1, 2**GROUP_BITS)
-        steps = first - first[:, :1]
-        return cls(bits, first[:, 0], steps.astype(np.min_scalar_type(steps.max())).reshape(-1))
-
-
-def first_rows_of(hashes: np.ndarray, bits: int, first: int, end: int) -> np.ndarray:
-    """(end - first,) int64: for each value of the leading bits, the first of the ascending hashes that is not less."""
-    starts = np.arange(first, end, dtype=np.uint64) << np.uint64(64 - bits)
-    return np.searchsorted(hashes, starts).astype(np.int64)
-
-
 def shard_of(hashes: np.ndarray, num_shards: int) -> np.ndarray:
     """(n,) int64 in [0, num_shards): the shard of each `hash_ids`. Shards are equal ranges of the hashes, in order."""
     return (((hashes >> _HALF) * np.uint64(num_shards)) >> _HALF).astype(np.int64)
@@ -253,9 +211,8 @@ def concatenated(keys: pa.LargeStringArray) -> tuple[np.ndarray, np.ndarray]:
     _, offsets, data = keys.buffers()
     bounds = np.frombuffer(offsets, np.int64, len(keys) + 1, keys.offset * 8)
     first, end = int(bounds[0]), int(bounds[-1])
-    return (np.frombuffer(data, np.uint8, end - first, first) if end > first else np.empty(0, np.uint8)), np.diff(
-        bounds
-    )
+    text = np.frombuffer(data, np.uint8, end - first, first) if end > first else np.empty(0, np.uint8)
+    return text, np.diff(bounds)
 
 
 def wrap_rows(starts: np.ndarray, first_row: int, first_byte: int) -> list[int]:

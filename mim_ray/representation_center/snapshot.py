@@ -8,7 +8,7 @@
 Layout of a state (snapshot_line.py tells how states make a line), rows in the order of their ids' hashes:
 
     manifest.json   what is shown (encoder version, Delta version, rows, width, dtype), files, sizes, checksums
-    hashes.bin      (N,) uint64 ascending        groups.bin, steps.bin  where hashes that begin alike stand (key_index.py)
+    hashes.bin      (N,) uint64 ascending        groups.bin, steps.bin  where hashes that begin alike stand (buckets.py)
     offsets.bin     (N + 1,) uint32              keys.bin     ids in UTF-8, then zeros
     matrix.bin      (N, D) float32, float16 or int8      scales.bin  (N,) float32, int8 only: a value is scale · integer
     content_at.bin  (N,) int64, microseconds     content.bin  (N, 16) uint8 content hashes, zeros where unknown
@@ -31,8 +31,9 @@ import pyarrow as pa
 from mim_ray import artifacts
 from mim_ray.data.ids import Ids
 from mim_ray.errors import ArtifactError
+from mim_ray.representation_center.buckets import GROUP_BITS, Buckets
 from mim_ray.representation_center.content_hashes import ContentIndex, content_hash_strings
-from mim_ray.representation_center.key_index import GROUP_BITS, KEY_PADDING, Buckets, KeyIndex, shard_start
+from mim_ray.representation_center.key_index import KEY_PADDING, KeyIndex, shard_start
 from mim_ray.representation_center.snapshot_files import MANIFEST, SnapshotFiles, read_manifest
 from mim_ray.representation_center.snapshot_line import POINTER, current_snapshot
 from mim_ray.representation_center.snapshot_writer import DTYPES, NO_TIME, write_snapshot

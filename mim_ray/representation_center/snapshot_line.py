@@ -133,7 +133,12 @@ def kept_snapshots(line: str) -> dict[str, str]:
     """Owner -> id of the state that it needs."""
     found = {}
     for uri in artifacts.list_files(f"{line}/{KEPT}", ".json"):
-        value = artifacts.read_json(uri)
+        try:
+            value = artifacts.read_json(uri)
+        except ArtifactError:
+            if artifacts.exists(uri):
+                raise
+            continue  # given up meanwhile
         if isinstance(value, dict) and "snapshot" in value:
             found[uri.rpartition("/")[2].removesuffix(".json")] = str(value["snapshot"])
     return found

@@ -10,7 +10,7 @@ Killed at any moment, or without room on the disk, the state that was current st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
@@ -22,13 +22,11 @@ from mim_ray import artifacts
 from mim_ray.data.ids import Ids, hash_ids
 from mim_ray.errors import ArtifactError, MimRayError
 from mim_ray.representation_center import snapshot_files
+from mim_ray.representation_center.buckets import BucketFile
 from mim_ray.representation_center.content_hashes import ContentIndexWriter, content_digests
 from mim_ray.representation_center.key_index import (
-    GROUP_BITS,
     KEY_PADDING,
-    Buckets,
     concatenated,
-    first_rows_of,
     sorted_order,
     string_array,
     wrap_rows,
@@ -40,6 +38,7 @@ from mim_ray.representation_center.snapshot_line import (
     current_snapshot,
     new_snapshot_id,
     prune_snapshots,
+    snapshot_ids,
     switch_snapshot,
 )
 
@@ -144,6 +143,7 @@ class SnapshotWriter:
         self._facts = {"encoder_version": encoder_version, "delta_version": int(delta_version)}
         self._local = artifacts.local_path(self.line)
         self._before = current_snapshot(self.line)
+        self._states_before = snapshot_ids(self.line)
         self._building = BuildingFolder(self._local, self.snapshot_id)
         self.folder = self._building.path
         self._stack = ExitStack()
@@ -240,7 +240,9 @@ class SnapshotWriter:
         self._files["keys.bin"].write(np.zeros(KEY_PADDING, np.uint8))
         if self._contents is not None:
             self._contents.write(self._open("content_keys.bin"), self._open("content_rows.bin"))
-        buckets = self._write_buckets()
+        self._files["hashes.bin"].flush()
+        table = BucketFile(self.folder / "hashes.bin", self._num_rows)
+        table.write(self._open("groups.bin"), self._open("steps.bin"))
         files = {name: file.entry for name, file in sorted(self._files.items())}
         self._stack.close()
         manifest = {
@@ -253,7 +255,7 @@ class SnapshotWriter:
             "created_at": artifacts.now(),
             "block_bytes": snapshot_files.BLOCK_BYTES,
             "block_hashes": self._block_hashes,
-            "buckets": buckets,
+            "buckets": {"bits": table.bits, "groups": table.groups.name, "steps": table.steps.name},
             "key_wraps": self._wraps,
             "files": files,
         }
@@ -265,7 +267,8 @@ class SnapshotWriter:
             self._upload(uri)
         if not self._overtaken():
             switch_snapshot(self.line, self.snapshot_id)
-        prune_snapshots(self.line, keep=keep, kept=[self.snapshot_id])
+        # What came meanwhile is another builder's, who may be about to switch to it.
+        prune_snapshots(self.line, keep=keep, kept=set(snapshot_ids(self.line)) - set(self._states_before))
         return uri
 
     def _note_wraps(self, starts: np.ndarray) -> None:
@@ -287,34 +290,6 @@ class SnapshotWriter:
             text = f"an embedding near row {self._num_rows} is not finite in {self._dtype}. Embed the items again."
             raise ArtifactError(f"Snapshot {self.line}: {text}")
         self._files["matrix.bin"].write(rows.astype(DTYPES[self._dtype], copy=False))
-
-    def _write_buckets(self) -> dict[str, Any]:
-        """The table of prefixes, from the hashes as written, piece by piece; what the manifest tells of it."""
-        self._files["hashes.bin"].flush()
-        bits = Buckets.bits_for(self._num_rows)
-        most = max(int((first - first[:, :1]).max()) for first in self._first_rows(bits))
-        dtypes = np.dtype(np.uint32 if self._num_rows < 2**32 else np.uint64), np.min_scalar_type(most)
-        groups, steps = (self._open(name) for name in ("groups.bin", "steps.bin"))
-        for first in self._first_rows(bits):
-            groups.write(first[:, 0].astype(dtypes[0]))
-            steps.write((first - first[:, :1]).astype(dtypes[1]))
-        return {"bits": bits, "groups": dtypes[0].name, "steps": dtypes[1].name}
-
-    def _first_rows(self, bits: int) -> Iterator[np.ndarray]:
-        """(g, 64) int64 first rows of the values of the leading bits, some groups at a time."""
-        done = 0
-        left = np.empty(0, np.int64)  # first rows of a group that the piece before began
-        with (self.folder / "hashes.bin").open("rb") as file:
-            for start in range(0, self._num_rows, 2**20):
-                hashes = np.fromfile(file, np.uint64, 2**20)
-                # Values behind the last one met may begin in a later piece.
-                end = 2**bits if start + 2**20 >= self._num_rows else int(hashes[-1] >> np.uint64(64 - bits)) + 1
-                first = np.concatenate([left, start + first_rows_of(hashes, bits, done, end)])
-                whole = len(first) >> GROUP_BITS << GROUP_BITS
-                yield first[:whole].reshape(-1, 2**GROUP_BITS)
-                left, done = first[whole:], end
-        if not self._num_rows:
-            yield np.zeros((2**bits >> GROUP_BITS, 2**GROUP_BITS), np.int64)
 
     def _open(self, name: str) -> BlockWriter:
         self._files[name] = self._stack.enter_context(BlockWriter(self.folder / name))

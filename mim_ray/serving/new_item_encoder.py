@@ -28,13 +28,13 @@ from mim_ray.config.scenario import Data, ParameterMachines, Serving
 from mim_ray.data.transforms import BadImage, clean_title, content_hash, decode_image
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.errors import ArtifactError, RequestError
+from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.new_items import Push, store_new_items
 from mim_ray.representation_center.parameter_client import ParameterClient
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import fold, segment_rows
-from mim_ray.serving.known_content import KnownContent
 from mim_ray.serving.limits import check_exposure, guarded
 from mim_ray.serving.messages import EncodedItem, Health, NewItem, NewItemsRequest, NewItemsResponse, Problem, Ready
 from mim_ray.serving.served import Served
@@ -78,7 +78,12 @@ class NewItemEncoder:
         self._window = f"{center}/window"
         self._limits = limits
         self._push = push
-        self._known = KnownContent(EmbeddingTable(f"{center}/table"), self._window, self.encoder_version)
+        self._known = KnownContent(
+            EmbeddingTable(f"{center}/table"),
+            self._window,
+            self.encoder_version,
+            line=f"{center}/snapshots/{self.encoder_version}",
+        )
         self._lock = threading.Lock()  # one request at a time looks up, encodes and stores
 
     def encode(self, request: NewItemsRequest) -> NewItemsResponse:

@@ -181,7 +181,8 @@ def _encoder(scenario: Scenario, center: Center, version: str) -> str | None:
 
 
 def _keep_only_recent(center: Center) -> None:
-    """Let the snapshots of older releases be pruned."""
+    """Let the snapshots of older releases be pruned. Another promoter may have done so while ours was not in the list yet:
+    current is kept once more."""
     needed: list[str] = []
     for release in reversed(releases(center.uri)):
         if release.snapshot not in needed:
@@ -192,3 +193,7 @@ def _keep_only_recent(center: Center) -> None:
         for owner, snapshot_id in kept_snapshots(line).items():
             if owner.startswith(_OWNER) and f"{line}/{snapshot_id}" not in needed:
                 keep_snapshot(line, None, owner=owner)
+    for uri in needed[:1]:
+        line, _, snapshot_id = uri.rpartition("/")
+        if kept_snapshots(line).get(f"{_OWNER}{snapshot_id}") != snapshot_id:
+            keep_snapshot(line, snapshot_id, owner=f"{_OWNER}{snapshot_id}")

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +22,8 @@ from mim_ray.extraction.run import Extracted, extract, run
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 
-SETTINGS = Extraction(shard_rows=50, batch_size=25, commit_every_s=0.1, num_actors=2)
 DECODING = Decoding(PictureFormat(8, "squash"), 100_000, 10_000, 40, "/nowhere")
+SETTINGS = Extraction(shard_rows=50, batch_size=25, commit_every_s=0.1, num_actors=2)
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -52,14 +47,6 @@ def log(table: EmbeddingTable) -> pa.Table:
     """Every row of the table, sorted."""
     _, files = table.scan("v1")
     return pa.concat_tables([file.read() for file in files]).sort_by("item_id")
-
-
-def assert_same_log(found: pa.Table, expected: pa.Table) -> None:
-    for name in ("item_id", "content_hash", "encoder_version", "content_at", "shard_id", "category"):
-        assert found[name].to_pylist() == expected[name].to_pylist(), name
-    np.testing.assert_allclose(
-        np.array(found["embedding"].to_pylist()), np.array(expected["embedding"].to_pylist()), atol=1e-5
-    )
 
 
 BAD = {
@@ -101,77 +88,6 @@ def test_every_usable_item_is_in_the_table_once_and_a_second_run_does_nothing(
     _, again = fill(items, Path(table.uri).parent, stand_in())
     assert (again.num_rows_done, again.num_shards_found, table.version) == (0, done.num_shards, version)
     assert again.rejects.num_rows == done.rejects.num_rows
-
-
-KILLED_JOB = """
-import sys, time
-import numpy as np
-from mim_ray.config.scenario import Extraction, Run
-from mim_ray.data.transforms import PictureFormat
-from mim_ray.extraction.read import Decoding
-from mim_ray.extraction.run import extract
-from mim_ray.representation_center.table import EmbeddingTable
-from mim_ray.runtime.cluster import cluster
-
-def load(uri, use_gpu):
-    def encode(titles, images, has_image):
-        time.sleep(0.5)
-        rows = [[len(t or ""), sum((t or "").encode()) % 97, i.mean(), float(h)] for t, i, h in zip(titles, images, has_image)]
-        vectors = np.array(rows, np.float32)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return encode
-
-items, folder = sys.argv[1:]
-with cluster(Run(num_cpus=2, object_store_mb=100)):
-    extract(items, EmbeddingTable(f"{folder}/table").create(), encoder="stand-in", encoder_version="v1",
-            decoding=Decoding(PictureFormat(8, "squash"), 100_000, 10_000, 40, "/nowhere"),
-            settings=Extraction(shard_rows=50, batch_size=25, commit_every_s=0.1), rejects=f"{folder}/rejects", load=load)
-print("finished")
-"""
-
-
-@pytest.mark.slow
-def test_a_job_killed_in_the_middle_and_started_again_equals_an_undisturbed_one(
-    items: str, undisturbed: tuple[EmbeddingTable, Extracted], tmp_path: Path, stand_in: Callable[..., Any]
-) -> None:
-    whole_table, whole = undisturbed
-    table = EmbeddingTable(f"{tmp_path}/killed/table").create()
-    output = tmp_path / "output"
-    with output.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED_JOB, items, f"{tmp_path}/killed"], stdout=file, stderr=subprocess.STDOUT
-        )
-    deadline = time.monotonic() + 120
-    while len(table.committed_shards("v1")) < 2:
-        assert process.poll() is None, output.read_text()
-        assert time.monotonic() < deadline, output.read_text()
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    time.sleep(1)  # workers that outlive the job for a moment write files, but only the job commits
-    before = table.committed_shards("v1")
-    version = table.version
-    assert 0 < len(before) < whole.num_shards, "the kill came too early or too late"
-    assert "finished" not in output.read_text()
-
-    _, rest = fill(items, tmp_path / "killed", stand_in())
-    assert rest.num_shards_found == len(before)
-    assert rest.num_rows_done < whole.num_rows
-    rows = log(table)
-    assert_same_log(rows, log(whole_table))
-    kept = {row["shard_id"] for row in rows.to_pylist() if row["commit_version"] <= version}
-    assert kept == before  # what was committed before the kill was not made again
-    assert sorted(rest.rejects.to_pylist(), key=str) == sorted(whole.rejects.to_pylist(), key=str)
-
-
-def test_an_encoder_killed_in_the_middle_and_blocks_of_any_size_change_nothing(
-    items: str, undisturbed: tuple[EmbeddingTable, Extracted], tmp_path: Path, stand_in: Callable[..., Any]
-) -> None:
-    marker = str(tmp_path / "killed-once")
-    settings = SETTINGS.model_copy(update={"batch_size": 7})
-    table, _ = fill(items, tmp_path / "a", stand_in(marker=marker), settings)
-    assert os.path.exists(marker)
-    assert_same_log(log(table), log(undisturbed[0]))
 
 
 def test_actors_that_ask_for_a_gpu_are_given_one(tmp_path: Path, make_items: Callable[..., str], stand_in: Any) -> None:

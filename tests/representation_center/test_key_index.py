@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import IO
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from mim_ray.data.ids import hash_ids
-from mim_ray.representation_center import key_index
+from mim_ray.representation_center import buckets, key_index
+from mim_ray.representation_center.buckets import Buckets
 from mim_ray.representation_center.key_index import build_key_index
 
 IDS = ["", "a", "item-1", "12345678", "123456789", "ü" * 9, "x" * 100, "item-2", "商品", "a\x00", "a\x00\x00"]
@@ -65,3 +69,63 @@ def test_empty_index_finds_nothing() -> None:
     assert index.find([]).tolist() == []
     with pytest.raises(ValueError, match="null"):
         build_key_index(["a", None])
+
+
+@pytest.mark.parametrize("num", [0, 1, 5, 1_000])
+@pytest.mark.parametrize("spread", [2**64 - 1, 2**50, 7])
+def test_the_table_of_prefixes_is_the_same_made_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int, spread: int
+) -> None:
+    hashes = np.sort(np.random.default_rng(num).integers(0, spread, num, np.uint64))
+    hashes.tofile(tmp_path / "hashes")
+    monkeypatch.setattr(buckets, "_PIECE_ROWS", 7)
+    file = buckets.BucketFile(tmp_path / "hashes", num)
+    with (tmp_path / "groups").open("wb") as groups, (tmp_path / "steps").open("wb") as steps:
+        file.write(_Raw(groups), _Raw(steps))
+    whole = buckets.Buckets.of(hashes)
+    assert file.bits == whole.bits
+    assert np.fromfile(tmp_path / "groups", file.groups).tolist() == whole.groups.tolist()
+    assert np.fromfile(tmp_path / "steps", file.steps).tolist() == whole.steps.tolist()
+    asked = np.random.default_rng(1).integers(0, 2**64 - 1, 50, np.uint64)
+    first = whole.first_rows(asked)
+    shift = np.uint64(64 - whole.bits)
+    assert first.tolist() == [int((hashes >> shift < key >> shift).sum()) for key in asked]
+
+
+def test_ids_are_found_behind_four_gigabytes_of_ids() -> None:
+    index, _ = build_key_index(IDS)
+    start = 2**32 - 40  # as if the ids before these had taken that many bytes
+    offsets = np.append(0, np.cumsum([len(key.encode()) for key in index.ids.to_pylist()])) + start
+    wraps = key_index.wrap_rows(offsets, 5, start)
+    assert len(wraps) == 1
+    late = key_index.KeyIndex(
+        index.hashes, offsets.astype(np.uint32), index.key_bytes, Buckets.of(index.hashes), first_byte=start
+    )
+    shifted = key_index.KeyIndex(
+        index.hashes,
+        offsets.astype(np.uint32),
+        index.key_bytes,
+        _Moved(index.hashes, 5),
+        first_row=5,
+        first_byte=start,
+        wraps=wraps,
+    )
+    assert shifted.find(IDS).tolist() == index.find(IDS).tolist()
+    assert shifted.ids.to_pylist() == index.ids.to_pylist()
+    assert (late.find(IDS) == -1).any()  # the wrap matters
+
+
+class _Raw:
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def write(self, array: np.ndarray) -> None:
+        array.tofile(self._file)
+
+
+class _Moved(Buckets):
+    """The table of rows that begin at number `first`."""
+
+    def __init__(self, hashes: np.ndarray, first: int) -> None:
+        table = Buckets.of(hashes)
+        super().__init__(table.bits, table.groups + first, table.steps)

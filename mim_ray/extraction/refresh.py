@@ -1,0 +1,409 @@
+"""Incremental MFM (paper Section 3.5): bring table and snapshot up to a catalogue that never stops changing.
+
+    with Refresher(items, center, encoder=…, …) as refresher:
+        refresher.round()            # what changed since the last one; call it as often as you like
+
+A round finds changes (changes.py), encodes and commits them with their deletions, builds a snapshot where the table moved,
+and notes last what the catalogue said. Killed anywhere, the next round finds what is left: what was committed is known, so it
+is not encoded again. The encoder's actors (pool.py) stay alive between rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from mim_ray import artifacts
+from mim_ray.config.scenario import Extraction, Refresh, Scenario
+from mim_ray.data.ids import hash_ids
+from mim_ray.data.listing import Listing, list_table, table_version
+from mim_ray.data.rejects import read_rejects, reject_rows, write_rejects
+from mim_ray.data.sources import require_table
+from mim_ray.errors import DataError
+from mim_ray.extraction.catalogue_state import CatalogueState, PackWriter, StateStore, contained
+from mim_ray.extraction.changes import Changes, deletion_rows, find_changes
+from mim_ray.extraction.chosen import ChosenRows, Gathered
+from mim_ray.extraction.embed import Encode, Work, load_encoder
+from mim_ray.extraction.plan import Unit
+from mim_ray.extraction.pool import EncoderPool
+from mim_ray.extraction.read import Decoding
+from mim_ray.extraction.run import decoding_of, describe_encoder, encoder_pool
+from mim_ray.extraction.write import Committer, ShardFile, read_rejects_file
+from mim_ray.representation_center.build import build_snapshot
+from mim_ray.representation_center.data_files import Fragment, write_fragment
+from mim_ray.representation_center.known_content import KnownContent
+from mim_ray.representation_center.snapshot_line import POINTER, current_snapshot
+from mim_ray.representation_center.table import EmbeddingTable
+from mim_ray.runtime.cluster import user_error
+from mim_ray.runtime.lease import Lease
+from mim_ray.runtime.progress import Progress
+
+STAGE = "refresh"
+MANY_DELETIONS = 100
+SCAN_CPUS = 0.0  # looking at rows is short; it may go on beside the actors that hold the CPUs
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round found and did.
+
+    Attributes:
+        unchanged: items of the catalogue that needed nothing. older: changes that are older than what is known of the item.
+        copied: items whose content was known from another one. rejected: of this round's rows, by reason.
+        snapshot: id of the newest one, None where there is none. built: whether this round made it.
+        notes: sentences for a person.
+    """
+
+    new: int = 0
+    changed: int = 0
+    deleted: int = 0
+    unchanged: int = 0
+    older: int = 0
+    encoded: int = 0
+    copied: int = 0
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    snapshot: str | None = None
+    built: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def found_changes(self) -> bool:
+        return bool(self.new or self.changed or self.deleted)
+
+
+def open_refresher(scenario: Scenario, *, data_root: str, encoder: str, center: str, rejects: str) -> Refresher:
+    """The refresher of a scenario's run, for the encoder saved at `encoder`.
+
+    Raises:
+        DataError: there is no items table. ArtifactError: there is no usable encoder.
+    """
+    version, picture = describe_encoder(encoder)
+    settings = scenario.extraction
+    return Refresher(
+        require_table(data_root, "items"),
+        center,
+        encoder=encoder,
+        encoder_version=version,
+        decoding=decoding_of(scenario.data, data_root, picture),
+        settings=settings,
+        refresh=scenario.refresh,
+        rejects=rejects,
+        load=partial(load_encoder, precision=settings.precision, compile=settings.compile),
+    )
+
+
+class Refresher:
+    """Refreshes one encoder version in one representation center. Ray must be running.
+
+    Args:
+        items: URI of the items table, Parquet or Delta.
+        encoder: URI that `load` understands. rejects: URI of the table of rejects.
+        pool: of actors that hold this encoder already; without one they are started when a round first needs them.
+
+    Raises:
+        LeaseTakenError: on entry, another refresh of this encoder version is at work.
+    """
+
+    def __init__(
+        self,
+        items: str,
+        center: str,
+        *,
+        encoder: str,
+        encoder_version: str,
+        decoding: Decoding,
+        settings: Extraction,
+        refresh: Refresh,
+        rejects: str,
+        load: Callable[[str, bool], Encode] = load_encoder,
+        pool: EncoderPool | None = None,
+    ) -> None:
+        self.items, self._center = items, center
+        self.encoder_version, self._encoder, self._load = encoder_version, encoder, load
+        self._decoding = decoding
+        self._settings, self._refresh, self._rejects = settings, refresh, rejects
+        self.table = EmbeddingTable(f"{center}/table")
+        self.line = f"{center}/snapshots/{encoder_version}"
+        folder = f"{center}/refresh/{encoder_version}"
+        self._store = StateStore(f"{folder}/catalogue")
+        self._state: CatalogueState | None = None
+        self._lease = Lease(f"{folder}/lease", what="refresh")
+        self._pool, self._own_pool = pool, pool is None
+        self._identity = artifacts.fingerprint(encoder_version, asdict(decoding))
+        self._built_at = float("-inf")
+
+    def __enter__(self) -> Refresher:
+        self._lease.__enter__()
+        try:
+            self.table.create()
+            self._state = self._store.read()
+        except BaseException:
+            self._lease.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._cool()
+        self._lease.__exit__(kind, error, tb)
+
+    def round(self, *, full: bool = False) -> Round:
+        """One refresh.
+
+        Args:
+            full: compare the whole catalogue with the table, whatever was noted; for pictures that changed behind their
+                image_uri, and for doubts.
+
+        Raises:
+            DataError: the catalogue cannot be used, or lost too much at once. LeaseTakenError: the lease was lost.
+        """
+        start, now = time.monotonic(), time.time_ns() // 1_000
+        state, notes = self._usable_state(full)
+        done = Round()
+        if full or state is None or not self._is_same(state):
+            listing = list_table(self.items, "items")
+            done = self._apply(listing, state, now, full)
+        else:
+            done = Round(unchanged=state.num_rows)
+        snapshot, built = self._snapshot()
+        seconds = time.monotonic() - start
+        return Round(**asdict(done) | {"seconds": seconds, "snapshot": snapshot, "built": built, "notes": notes})
+
+    def _usable_state(self, full: bool) -> tuple[CatalogueState | None, tuple[str, ...]]:
+        """The last state, if the catalogue may be compared with it, and why not."""
+        state = self._state
+        if state is None:
+            return None, ("No refresh before: the whole catalogue is compared with the table.",)
+        if state.catalogue != self.items:
+            return None, (f"The catalogue was {state.catalogue}: all of the new one is compared with the table.",)
+        if state.settings != self._identity:
+            return None, ("Settings that decide embeddings changed: the whole catalogue is compared with the table.",)
+        if self.table.version < state.table_version:
+            return None, ("The table is not the one of the last refresh: the whole catalogue is compared with it.",)
+        if full:
+            return state, ("The whole catalogue is compared with the table, as asked for.",)
+        return state, ()
+
+    def _is_same(self, state: CatalogueState) -> bool:
+        """Whether the catalogue is a Delta table that has no new version."""
+        return table_version(self.items) == (state.identity, state.version)
+
+    def _apply(self, listing: Listing, state: CatalogueState | None, now: int, full: bool) -> Round:
+        if state is not None and state.identity != listing.identity:
+            state = None  # dropped and made again under the same name
+        self._snapshot(only_first=True)  # so that what is known is mapped, not loaded
+        known = KnownContent(self.table, f"{self._center}/window", self.encoder_version, line=self.line)
+        earlier = read_rejects(self._rejects, STAGE)
+        pack = PackWriter(self._store)
+        changes = find_changes(
+            listing,
+            state,
+            self._store,
+            pack,
+            self.table,
+            known,
+            self._decoding,
+            rejected=np.unique(hash_ids(earlier["key"])),
+            now=now,
+            warm_rows=self._refresh.warm_rows,
+            scan_cpus=SCAN_CPUS,
+            full=full,
+        )
+        self._check_deletions(changes, known)
+        encoded = self._encode(changes, known)
+        rejects = reject_rows(STAGE, "items", [*changes.rejects, *encoded.rejects])
+        self._write_rejects(earlier if state is not None and not full else earlier.slice(0, 0), rejects, changes)
+        self._state = CatalogueState(
+            catalogue=self.items,
+            identity=listing.identity,
+            version=listing.version,
+            settings=self._identity,
+            listed_at=now,
+            table_version=self.table.version,
+            num_rows=changes.num_rows,
+            files=changes.files,
+        )
+        self._lease.check()
+        self._store.write(self._state)
+        return Round(
+            new=changes.num_new,
+            changed=changes.num_changed,
+            deleted=changes.deletions.num_rows + encoded.lost.num_rows,
+            unchanged=changes.num_rows - changes.num_new - changes.num_changed - changes.num_older,
+            older=changes.num_older,
+            encoded=encoded.num_encoded,
+            copied=encoded.num_copied,
+            rejected=dict(Counter(rejects["reason"].to_pylist())),
+        )
+
+    def _check_deletions(self, changes: Changes, known: KnownContent) -> None:
+        gone = changes.deletions.num_rows
+        shown = known.snapshot.num_rows if known.snapshot is not None else 0
+        if gone > max(MANY_DELETIONS, self._refresh.max_deleted_ratio * shown):
+            raise DataError(
+                f"{self.items} lacks {gone:,} of {shown:,} known items, more than refresh.max_deleted_ratio = "
+                f"{self._refresh.max_deleted_ratio}. Nothing was changed. If they are really gone, run it once with "
+                "refresh.max_deleted_ratio=1."
+            )
+
+    def _encode(self, changes: Changes, known: KnownContent) -> Encoded:
+        """Encode and commit upserts and deletions: few changes in one commit, many as they are finished."""
+        result = Encoded()
+        few = changes.num_to_encode <= self._refresh.warm_rows
+        fragments: list[Fragment] = []
+        if changes.changes:
+            snapshot, settings = known.snapshot, self._settings
+            exact = snapshot is not None and snapshot.dtype == "float32" and settings.reuse_snapshot
+            work = Work(
+                encoder_version=self.encoder_version,
+                decoding=self._decoding,
+                batch_size=settings.batch_size,
+                table=self.table.uri,
+                rejects=f"{self._center}/refresh/{self.encoder_version}/rejects",
+                snapshot=snapshot.uri if snapshot is not None and exact else None,
+            )
+            self._lease.check()
+            with contextlib.ExitStack() as stack:
+                if not few:
+                    committer = stack.enter_context(Committer(self.table, settings.commit_every_s))
+                    progress = stack.enter_context(Progress("refresh", total=changes.num_to_encode, unit="items"))
+                for file in self._run(self._units(changes.changes, few), work):
+                    result.add(file)
+                    if few:
+                        fragments.append(file.fragment)
+                    else:
+                        committer.add([file.fragment])
+                        progress.add(file.num_rows)
+        result.find_lost(known)
+        gone = pa.concat_tables([changes.deletions, result.lost])
+        if gone.num_rows and known.snapshot is not None:  # of nothing nothing is deleted
+            fragments.append(self._write_deletions(gone, known.snapshot.width))
+        if fragments:
+            self._lease.check()
+            self.table.commit(fragments)
+        return result
+
+    def _run(self, units: Iterator[Unit], work: Work) -> Iterator[ShardFile]:
+        try:
+            if self._pool is None:
+                self._pool = encoder_pool(self._encoder, self._settings, self._load).__enter__()
+            yield from self._pool.run(units, work)
+        except Exception as error:  # Ray wraps what its workers raise; tell the user's own mistake plainly
+            self._cool()
+            cause = user_error(error)
+            if cause is None:
+                raise
+            raise cause from None
+
+    def _units(self, changes: Sequence[ChosenRows], few: bool) -> Iterator[Unit]:
+        """Units whose shards' ids follow from the rows: what a killed round committed is not committed again."""
+        num_rows = sum(chosen.num_rows for chosen in changes)
+        groups = [tuple(changes)] if few else [(chosen,) for chosen in changes]
+        shard_rows = self._settings.shard_rows
+        if few:  # all actors get some
+            at_once = int(ray.cluster_resources().get("CPU", 1)) or 1
+            shard_rows = min(shard_rows, max(16, -(-num_rows // (2 * at_once))))
+        for parts in groups:
+            rows = Gathered(parts)
+            content = artifacts.fingerprint(self._identity, shard_rows, [_described(part) for part in parts])
+            yield Unit(rows, content, shard_rows, np.arange(0, rows.num_rows, shard_rows), np.empty(0, np.int64))
+
+    def _write_deletions(self, gone: pa.Table, width: int) -> Fragment:
+        """A file of deletions. Their vectors are zeros: a row has its encoder version's width, whatever it says."""
+        num = gone.num_rows
+        keys = gone.sort_by("item_id")
+        zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(num * width, np.float32)), width)
+        rows = pa.table(
+            {
+                "item_id": keys["item_id"],
+                "embedding": zeros,
+                "content_hash": pa.nulls(num, pa.string()),
+                "content_at": keys["content_at"],
+                "deleted": pa.repeat(pa.scalar(True), num),
+            }
+        )
+        shard_id = artifacts.fingerprint(self.encoder_version, [str(column.to_pylist()) for column in keys.columns])
+        return write_fragment(self.table.uri, rows, encoder_version=self.encoder_version, shard_id=shard_id)
+
+    def _write_rejects(self, earlier: pa.Table, rejects: pa.Table, changes: Changes) -> None:
+        """What is rejected now: what was, less what changed or vanished, and this round's."""
+        void = np.unique(np.concatenate([np.empty(0, np.uint64), *changes.void_rejects]))
+        keep = ~contained(hash_ids(earlier["key"]), void)
+        for row, (key, reason) in enumerate(
+            zip(earlier["key"].to_pylist(), earlier["reason"].to_pylist(), strict=True)
+        ):
+            if reason == "no item id":
+                keep[row] = key.rpartition(": row ")[0] in changes.kept
+        left = pa.concat_tables([earlier.filter(pa.array(keep)), rejects])
+        if left.num_rows != earlier.num_rows or rejects.num_rows or not keep.all():
+            write_rejects(self._rejects, STAGE, left)
+
+    def _snapshot(self, *, only_first: bool = False) -> tuple[str | None, bool]:
+        """(id of the newest snapshot, whether it was built now), which is done where the table has newer rows."""
+        current = current_snapshot(self.line)
+        after = -1 if current is None else int(artifacts.read_json(f"{self.line}/{POINTER}")["delta_version"])
+        if current is not None and only_first:
+            return current, False
+        _, files = self.table.scan(self.encoder_version, newer_than=after)
+        early = current is not None and time.monotonic() - self._built_at < self._refresh.snapshot_every_s
+        if early or not any(file.num_rows for file in files):
+            return current, False
+        self._lease.check()
+        settings = self._settings
+        built = build_snapshot(
+            self.table, self.encoder_version, self.line, dtype=settings.snapshot_dtype, keep=settings.snapshot_keep
+        )
+        self._built_at = time.monotonic()
+        return built.snapshot_id, True
+
+    def _cool(self) -> None:
+        if self._pool is not None and self._own_pool:
+            self._pool.__exit__(None, None, None)
+            self._pool = None
+
+
+@dataclass
+class Encoded:
+    """What became of a round's rows.
+
+    Attributes:
+        rejects: (key, reason, detail). lost: deletion rows of items that have no usable content any more.
+    """
+
+    num_encoded: int = 0
+    num_copied: int = 0
+    rejects: list[tuple[str, str, str]] = field(default_factory=list)
+    lost: pa.Table = field(default_factory=lambda: deletion_rows([], []))
+
+    def add(self, file: ShardFile) -> None:
+        """Count a finished shard, and take its rejects in."""
+        self.num_copied += file.num_copied
+        self.num_encoded += file.fragment.num_rows - file.num_copied
+        if file.rejects is not None:
+            rows = read_rejects_file(file.rejects)
+            self.rejects += zip(*(rows[name].to_pylist() for name in ("key", "reason", "detail")), strict=True)
+            artifacts.remove(file.rejects)
+
+    def find_lost(self, known: KnownContent) -> None:
+        """Items that are known, but of which nothing can be shown now."""
+        ids = pa.array([key for key, reason, _ in self.rejects if reason == "no content"], pa.string())
+        state = known.look_up(ids)
+        there = np.asarray(state.hashes.is_valid(), bool)
+        self.lost = deletion_rows(ids.filter(pa.array(there)).to_pylist(), state.content_at[there])
+
+
+def _described(part: ChosenRows) -> list[object]:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (part.rows, part.content_at):
+        digest.update(b"all" if array is None else np.ascontiguousarray(array).tobytes())
+    return [part.shard.source, part.shard.first_row, part.floor, digest.hexdigest()]
