@@ -294,16 +294,17 @@ def local_copy(uri: str) -> Path:
     if path is not None:
         return path
     cache = Path(os.environ.get("MIM_RAY_CACHE", Path.home() / ".cache" / "mim_ray")) / source_fingerprint(uri)
+    files = list_files(uri)
+    names = [file[len(uri) :].lstrip("/") or uri.rpartition("/")[2] for file in files]
     if not cache.exists():
         partial = Path(tempfile.mkdtemp(dir=_made(cache.parent)))
-        for file in list_files(uri):
-            target = partial / (file[len(uri) :].lstrip("/") or uri.rpartition("/")[2])
-            download(file, target)
+        target = dict(zip(files, names, strict=True))
+        for_each(lambda file: download(file, partial / target[file]), files)
         try:
             partial.rename(cache)
         except OSError:  # another process was first
             shutil.rmtree(partial)
-    return cache
+    return cache / names[0] if files == [uri] else cache
 
 
 def now() -> str:

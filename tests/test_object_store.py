@@ -43,6 +43,7 @@ def test_files_json_and_tensors_come_back(s3: Any, tmp_path: Path) -> None:
     copy = artifacts.local_copy(f"{root}/a")
     assert sorted(path.relative_to(copy).as_posix() for path in copy.rglob("*.*")) == ["b.json", "c/w.safetensors"]
     assert artifacts.local_copy(f"{root}/a") == copy
+    assert artifacts.local_copy(f"{root}/a/b.json").read_text() == '{\n "x": 3\n}'
     artifacts.write_json(f"{root}/a/b.json", {"x": "longer"})
     assert artifacts.source_fingerprint(f"{root}/a") != first
     artifacts.remove(f"{root}/a")

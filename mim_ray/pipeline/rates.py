@@ -62,7 +62,7 @@ def _rounded(value: float) -> float:
 
 
 def _read(report: Any, file: str) -> dict[str, Rate]:
-    rates = report.get("rates") if isinstance(report, dict) else None
+    rates = _rates_of(report) if isinstance(report, dict) else None
     if not isinstance(rates, dict) or not rates:
         raise ConfigError(
             f'{file} holds no "rates". Give the --json result of benchmarks/scale.py or benchmarks/extraction.py.'
@@ -78,6 +78,19 @@ def _read(report: Any, file: str) -> dict[str, Rate]:
         raise ConfigError(
             f"{file}: a rate has no value or unit ({error!r}). Write it again with the benchmark."
         ) from None
+
+
+def _rates_of(report: dict[str, Any]) -> Any:
+    """The report's "rates"; of benchmarks/extraction.py the items per second of the whole job, by core."""
+    if report.get("benchmark") != "extraction" or "rates" in report:
+        return report.get("rates")
+    rates, cores = {}, report.get("machine", {}).get("threads", 1)
+    for name, key in (("encode", "vs_process_pool"), ("decode", "decode_vs_process_pool")):
+        if detail := report.get("details", {}).get(key):
+            note = f"{detail['items']:,} JPEGs 512² to 224²{' and a ResNet-18' if name == 'encode' else ''}: the job on {cores} cores"
+            value = detail["mim_ray_items_per_s"] / cores
+            rates[f"{name}_items_per_s_per_core"] = {"value": value, "unit": "items/s", "note": note}
+    return rates
 
 
 def _source(report: dict[str, Any]) -> str:

@@ -124,6 +124,22 @@ def test_the_job_prints_figures_and_the_rates_behind_them(tmp_path: Path, capsys
     assert load_rates([saved])["encode_items_per_s_per_core"].source.startswith("My CPU")
 
 
+def test_the_extraction_benchmark_s_report_gives_rates_by_core(tmp_path: Path) -> None:
+    report = {
+        "benchmark": "extraction",
+        "details": {
+            "vs_process_pool": {"mim_ray_items_per_s": 120.0, "items": 8_000},
+            "decode_vs_process_pool": {"mim_ray_items_per_s": 2_000.0, "items": 20_000},
+        },
+        "machine": {"cpu": "C", "cpus": 8, "threads": 4, "command": "python benchmarks/extraction.py"},
+    }
+    (tmp_path / "extraction.json").write_text(json.dumps(report))
+    found = load_rates([str(tmp_path / "extraction.json")])
+    assert found["encode_items_per_s_per_core"].value == pytest.approx(30)
+    assert found["decode_items_per_s_per_core"].value == pytest.approx(500)
+    assert "the job on 4 cores" in found["encode_items_per_s_per_core"].note
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
