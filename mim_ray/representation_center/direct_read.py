@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from mim_ray import artifacts
 from mim_ray.errors import ArtifactError
-from mim_ray.representation_center.lookup import Embeddings, LayeredRows
+from mim_ray.representation_center.layered_rows import Embeddings, LayeredRows
 from mim_ray.representation_center.machine_release import MachineRelease
 from mim_ray.representation_center.machine_tables import ReleasePart
 from mim_ray.representation_center.overlay import Overlay

@@ -16,6 +16,7 @@ from mim_ray.representation_center.direct_read import Control, View
 
 DISCOVER_EVERY_S = 5.0
 REOPEN_EVERY_S = 0.3
+FORGET_AFTER_S = 30.0  # a machine without a heartbeat for that long may be on another node now
 
 
 class LocalMachines:
@@ -54,6 +55,8 @@ class LocalMachines:
 
     def _discover(self, actors: Mapping[tuple[int, int], Any], first: bool) -> None:
         """Ask machines of which no files are known where they are; later calls take answers that came meanwhile."""
+        oldest = time.monotonic_ns() - int(FORGET_AFTER_S * 1e9)
+        self._controls = {place: control for place, control in self._controls.items() if control.last_beat_ns > oldest}
         waiting = set(self._asked.values())
         for place, actor in actors.items():
             if place not in waiting and place not in self._controls:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError, RayError
 from mim_ray import artifacts
 from mim_ray.config.scenario import ParameterMachines as Settings
 from mim_ray.errors import ArtifactError
-from mim_ray.representation_center.machine_tables import NOT_THERE, OTHER_RELEASE, Reply
+from mim_ray.representation_center.machine_tables import NOT_THERE, OTHER_RELEASE, Reply, joined_reply
 
 NAMESPACE = "mim_ray"
 AVOID_S = 1.0  # a replica that failed or was slow is asked last for this long
@@ -57,13 +57,19 @@ class MachineCalls:
         return dict(self._actors)
 
     def ask(
-        self, method: str, questions: Mapping[int, Any], serial: int | None, end: float
+        self,
+        method: str,
+        questions: Mapping[int, Any],
+        serial: int | None,
+        end: float,
+        num_pieces: Callable[[Any], int] = lambda question: 0,
     ) -> tuple[dict[int, Reply], dict[int, str]]:
         """Call `method(serial, question)` on a machine of each shard.
 
         Args:
             questions: by shard. serial: the release to answer from; None: whichever is current.
             end: monotonic time of the deadline.
+            num_pieces: of a question: how many pieces its vectors are to be sent in (`split_reply`); 0: with the reply.
 
         Returns:
             replies with content, or with OTHER_RELEASE where the machine has a newer one; the last problem of shards that
@@ -75,6 +81,7 @@ class MachineCalls:
         replies: dict[int, Reply] = {}
         problems: dict[int, str] = {}
         running: dict[Any, tuple[int, int, float]] = {}  # call -> shard, replica, since
+        pieces: dict[Any, list[Any]] = {}
         failed: dict[tuple[int, int], float] = {}  # not to be asked again before
         hedge_s = self._settings.hedge_ms / 1e3
         late = False
@@ -83,7 +90,12 @@ class MachineCalls:
                 replica = self._next(shard, running, failed)
                 if replica is not None:
                     try:
-                        call = getattr(self.actor(shard, replica), method).remote(serial, questions[shard])
+                        remote, num = getattr(self.actor(shard, replica), method), num_pieces(questions[shard])
+                        if num:
+                            call, *more = remote.options(num_returns=1 + num).remote(serial, questions[shard], num)
+                            pieces[call] = more
+                        else:
+                            call = remote.remote(serial, questions[shard])
                         running[call] = shard, replica, time.monotonic()
                     except (RayError, ValueError) as error:
                         problems[shard] = self._note(shard, replica, error, failed)
@@ -98,6 +110,8 @@ class MachineCalls:
                 shard, replica, _ = running.pop(call)
                 try:
                     reply = Reply(*ray.get(call))
+                    if call in pieces and not reply.problem:
+                        reply = joined_reply(reply, ray.get(pieces[call]))
                 except RayError as error:
                     problems[shard] = self._note(shard, replica, error, failed)
                     continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -40,6 +41,21 @@ class Reply(NamedTuple):
     release_id: str
     problem: str
     content: Any
+
+
+def split_reply(reply: Reply, num_pieces: int) -> tuple[Any, ...]:
+    """The reply to a lookup in one table, then its vectors in pieces: Ray sends small results at once, large ones by its
+    object store, which takes a millisecond longer."""
+    if reply.problem:
+        return (reply, *[None] * num_pieces)
+    ((matrix, *rest),) = reply.content
+    return (reply._replace(content=[rest]), *np.array_split(matrix, num_pieces))
+
+
+def joined_reply(reply: Reply, pieces: Sequence[np.ndarray]) -> Reply:
+    """The reply that was split."""
+    (rest,) = reply.content
+    return reply._replace(content=[(np.concatenate(pieces), *rest)])
 
 
 @dataclass

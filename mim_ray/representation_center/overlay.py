@@ -11,56 +11,35 @@
 Rows are never changed; of several rows of a key the last one counts: the writer appends a row only where it wins by the table's
 rule (lookup.py), so that readers compare nothing.
 
-*Files.* `00000000.rows`, `00000001.rows`, … in the folder, each twice as large as the one before. A header of int64 numbers
-(`_FIELDS`), then the columns at their full capacity: hashes, content_at, sources, flags, ends (of key and category of each
-row in the text), matrix, text. The writer fills in the rows first and then raises `published`, the number of complete
-rows; a file is closed when its successor is there. So a writer that dies leaves a prefix that is right. Disk space is taken when a file is
-made: a full disk is an error then, not a crash at a later write.
+*Files.* `00000000.rows`, `00000001.rows`, … in the folder, each twice as large as the one before. The writer fills in rows
+first and then raises the file's number of published rows; a file is closed when its successor is there. So a writer that dies
+leaves a prefix that is right. Disk space is taken when a file is made: a full disk is an error then, not a crash at a later
+write. Rows that were replaced stay until the next snapshot starts a new overlay.
 
 With folder None the same lives in the process's own memory.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mim_ray.errors import ArtifactError
+from mim_ray.representation_center.overlay_file import DTYPES, OverlayFile
 from mim_ray.representation_center.row_index import RowIndex
 
-DTYPES = {"float32": np.float32, "float16": np.float16}
+__all__ = ["DTYPES", "Overlay"]
 LARGEST = {"float32": float(np.finfo(np.float32).max), "float16": 65_504.0}
-
-_MAGIC = 0x4D494D4F564C3031
-_FIELDS = [
-    "magic",
-    "width",
-    "itemsize",
-    "capacity",
-    "text_capacity",
-    "first_row",
-    "published",
-    "closed",
-    "synced",
-    "retired",
-]
-_HEADER_BYTES = 4_096
-_FIRST_BYTES, _MOST_BYTES = 2**20, 2**28
-_TEXT_BYTES = 48  # of key and category, a row, as planned; more closes a file earlier
 _DELETED, _HAS_CATEGORY = 1, 2
 
 
 class Overlay:
     """Use `Overlay.create` or `Overlay.open`. One thread writes; `find` and the columns may be read in many."""
 
-    def __init__(self, folder: Path | None, width: int, dtype: str, files: list[_File]) -> None:
+    def __init__(self, folder: Path | None, width: int, dtype: str, files: list[OverlayFile]) -> None:
         self.folder, self.width, self.dtype = folder, width, dtype
         self._files = files
         self._starts = np.array([file.first_row for file in files], np.int64)
@@ -77,7 +56,7 @@ class Overlay:
         """
         if folder is not None:
             folder.mkdir(parents=True, mode=0o700)
-        return cls(folder, width, dtype, [_File.create(folder, 0, 0, width, dtype, 0)])
+        return cls(folder, width, dtype, [OverlayFile.create(folder, 0, 0, width, dtype, 0)])
 
     @classmethod
     def open(cls, folder: Path) -> Overlay:
@@ -86,7 +65,7 @@ class Overlay:
         Raises:
             ArtifactError: there is none.
         """
-        first = _File.open(folder, 0)
+        first = OverlayFile.open(folder, 0)
         return cls(folder, first.width, "float16" if first.itemsize == 2 else "float32", [first])
 
     @property
@@ -130,7 +109,7 @@ class Overlay:
                 if not closed:
                     return self._indexed - before
                 assert self.folder is not None
-                self._add_file(_File.open(self.folder, len(self._files)))
+                self._add_file(OverlayFile.open(self.folder, len(self._files)))
 
     def append(
         self,
@@ -236,126 +215,13 @@ class Overlay:
     def _next_file(self, text_bytes: int) -> None:
         last = self._files[-1]
         first_row = last.first_row + last.get("published")
-        file = _File.create(self.folder, len(self._files), first_row, self.width, self.dtype, text_bytes)
+        file = OverlayFile.create(self.folder, len(self._files), first_row, self.width, self.dtype, text_bytes)
         self._add_file(file)
         last.set("closed", 1)
 
-    def _add_file(self, file: _File) -> None:
+    def _add_file(self, file: OverlayFile) -> None:
         self._starts = np.append(self._starts, file.first_row)
         self._files = [*self._files, file]  # second: who sees the file finds its start
-
-
-class _File:
-    """One mapped file: its header and columns as arrays."""
-
-    def __init__(self, buffer: mmap.mmap) -> None:
-        self._header = np.frombuffer(buffer, np.int64, len(_FIELDS))
-        self._fence = threading.Lock()
-        self.width, self.itemsize = self.get("width"), self.get("itemsize")
-        self.capacity, self.first_row = self.get("capacity"), self.get("first_row")
-        self.text_capacity = self.get("text_capacity")
-        arrays, _ = _layout(self.capacity, self.text_capacity, self.width, self.itemsize)
-        columns = [
-            np.frombuffer(buffer, dtype, int(np.prod(shape)), offset).reshape(shape) for dtype, shape, offset in arrays
-        ]
-        self.hashes, self.content_at, self.sources, self.flags, self.ends, self.matrix, self.text = columns
-        self.texts: pa.LargeStringArray = pa.LargeStringArray.from_buffers(
-            2 * self.capacity, pa.py_buffer(self.ends), pa.py_buffer(self.text)
-        )
-        """(2 capacity,) key and category of each row in turn; only those of published rows may be touched."""
-
-    @classmethod
-    def create(cls, folder: Path | None, number: int, first_row: int, width: int, dtype: str, text_bytes: int) -> _File:
-        """Large enough for a row with `text_bytes` of text."""
-        itemsize = np.dtype(DTYPES[dtype]).itemsize
-        wanted = min(_FIRST_BYTES << number, _MOST_BYTES)
-        capacity = max(64, wanted // (width * itemsize + 41 + _TEXT_BYTES))
-        text_capacity = max(capacity * _TEXT_BYTES, 2 * text_bytes)
-        _, size = _layout(capacity, text_capacity, width, itemsize)
-        if folder is None:
-            buffer = mmap.mmap(-1, size)
-        else:
-            temporary = folder / f".{number:08d}"
-            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                os.posix_fallocate(handle, 0, size)
-                buffer = mmap.mmap(handle, size)
-            except OSError as error:
-                os.unlink(temporary)
-                raise ArtifactError(f"{folder}: no room for {size:,} more bytes of new items ({error}).") from None
-            finally:
-                os.close(handle)
-        values = [_MAGIC, width, itemsize, capacity, text_capacity, first_row, 0, 0, 0, 0]
-        np.frombuffer(buffer, np.int64, len(_FIELDS))[:] = values
-        if folder is not None:
-            os.rename(temporary, folder / _name(number))
-        return cls(buffer)
-
-    @classmethod
-    def open(cls, folder: Path, number: int) -> _File:
-        path = folder / _name(number)
-        try:
-            with path.open("rb") as file:
-                buffer = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"The overlay {path} cannot be read ({error}).") from None
-        header = np.frombuffer(buffer, np.int64, len(_FIELDS))
-        if header[0] != _MAGIC:
-            raise ArtifactError(f"{path} is no overlay of new items.")
-        return cls(buffer)
-
-    def get(self, field: str) -> int:
-        value = int(self._header[_FIELDS.index(field)])
-        with self._fence:  # what is read after this was written before the number was
-            return value
-
-    def set(self, field: str, value: int) -> None:
-        with self._fence:  # what was written before this is seen by who sees the number
-            pass
-        self._header[_FIELDS.index(field)] = value
-
-    def has_more(self, indexed: int) -> bool:
-        return bool(self._header[6] + self.first_row > indexed or self._header[7])
-
-    def room(self, text_ends: np.ndarray) -> int:
-        """How many of the rows whose texts end there fit."""
-        rows = self.get("published")
-        free = self.text_capacity - int(self.ends[2 * rows])
-        return min(self.capacity - rows, int(np.searchsorted(text_ends, free, "right")) - 1, len(text_ends) - 1)
-
-    def write(
-        self, hashes: np.ndarray, content_at: np.ndarray, sources: np.ndarray, flags: np.ndarray, ends: np.ndarray,
-        matrix: np.ndarray, text: np.ndarray,
-    ) -> None:  # fmt: skip
-        rows = self.get("published")
-        part = slice(rows, rows + len(hashes))
-        start = self.ends[2 * rows]
-        self.hashes[part], self.content_at[part], self.sources[part] = hashes, content_at, sources
-        self.flags[part], self.matrix[part] = flags, matrix
-        self.ends[2 * rows : 2 * (rows + len(hashes)) + 1] = ends + start
-        self.text[start : start + len(text)] = text
-        self.set("published", rows + len(hashes))
-
-
-def _layout(
-    capacity: int, text_capacity: int, width: int, itemsize: int
-) -> tuple[list[tuple[np.dtype, tuple[int, ...], int]], int]:
-    """(dtype, shape, offset) of each column, and the size of the file."""
-    shapes: Sequence[tuple[str, tuple[int, ...]]] = [
-        ("u8", (capacity,)),
-        ("i8", (capacity,)),
-        ("i8", (capacity,)),
-        ("u1", (capacity,)),
-        ("i8", (2 * capacity + 1,)),
-        (f"f{itemsize}", (capacity, width)),
-        ("u1", (text_capacity,)),
-    ]
-    arrays, offset = [], _HEADER_BYTES
-    for kind, shape in shapes:
-        dtype = np.dtype(kind)
-        arrays.append((dtype, shape, offset))
-        offset += -(-int(np.prod(shape)) * dtype.itemsize // 64) * 64
-    return arrays, offset
 
 
 def _interleave(keys: pa.LargeStringArray, category: pa.Array) -> pa.LargeStringArray:
@@ -363,7 +229,3 @@ def _interleave(keys: pa.LargeStringArray, category: pa.Array) -> pa.LargeString
     num = len(keys)
     both = pa.concat_arrays([keys, pc.fill_null(category.cast(pa.large_string()), "")])
     return both.take(pa.array(np.arange(2 * num).reshape(2, num).T.reshape(-1)))
-
-
-def _name(number: int) -> str:
-    return f"{number:08d}.rows"

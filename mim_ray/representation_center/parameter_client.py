@@ -30,11 +30,13 @@ from mim_ray.data.ids import Ids, hash_ids
 from mim_ray.errors import UnavailableError
 from mim_ray.representation_center.direct_read import View
 from mim_ray.representation_center.key_index import shard_of, string_array
+from mim_ray.representation_center.layered_rows import Embeddings, as_float32
 from mim_ray.representation_center.local_machines import LocalMachines
-from mim_ray.representation_center.lookup import Embeddings, as_float32
 from mim_ray.representation_center.machine_calls import MachineCalls
 from mim_ray.representation_center.machine_tables import Vectors, shard_of_name
 
+PIECE_BYTES = 180_000  # as float32; half of it where float16 travels, which Ray sends at once (its limit is 100 KiB)
+MOST_PIECES = 40
 MOST_PUSHES = 10_000  # on their way; more are left to the window
 
 
@@ -98,7 +100,7 @@ class ParameterClient:
                 shard: [(table, *question.buffers(shard)) for table, question in questions.items()]
                 for shard in shards - direct
             }
-            replies, problems = self._calls.ask("lookup", calls, wanted, end)
+            replies, problems = self._calls.ask("lookup", calls, wanted, end, self._num_pieces)
             seen = {reply.serial for reply in replies.values()} | ({view.serial} if view is not None else set())
             if len(seen) <= 1 and not any(reply.problem for reply in replies.values()):
                 break
@@ -178,6 +180,14 @@ class ParameterClient:
             fresh = view.fresh_shards(table, self.settings.freshness_s)
             direct = {shard for shard in direct if fresh[shard]}
         return (view, direct) if direct else (None, set())
+
+    def _num_pieces(self, asked: list[tuple[str, np.ndarray, bytes]]) -> int:
+        """In how many pieces the vectors of one call should come; 0 where they are few, too many or not known."""
+        table, offsets, _ = asked[0]
+        num_bytes = 4 * (len(offsets) - 1) * self._widths.get(table, 0)
+        if len(asked) > 1 or not PIECE_BYTES < num_bytes <= MOST_PIECES * PIECE_BYTES:
+            return 0
+        return -(-num_bytes // PIECE_BYTES)
 
     def _unavailable(self, shards: set[int], problems: Mapping[int, str]) -> UnavailableError:
         names = ", ".join(str(shard) for shard in sorted(shards))

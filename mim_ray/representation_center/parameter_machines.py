@@ -36,7 +36,7 @@ from mim_ray.representation_center.machine_release import (
     read_wanted,
     write_wanted,
 )
-from mim_ray.representation_center.machine_tables import Reply
+from mim_ray.representation_center.machine_tables import Reply, split_reply
 from mim_ray.representation_center.parameter_client import ParameterClient
 from mim_ray.representation_center.parameter_machine import START_TIMEOUT_S, ParameterMachine
 from mim_ray.runtime.cluster import user_error
@@ -62,8 +62,11 @@ class MachineActor:
         return self._machine.where()
 
     @ray.method(concurrency_group="read")
-    def lookup(self, serial: int | None, asked: list[tuple[str, np.ndarray, bytes]]) -> Reply:
-        return self._machine.lookup(serial, asked)
+    def lookup(
+        self, serial: int | None, asked: list[tuple[str, np.ndarray, bytes]], num_pieces: int = 0
+    ) -> Reply | tuple[Any, ...]:
+        reply = self._machine.lookup(serial, asked)
+        return split_reply(reply, num_pieces) if num_pieces else reply
 
     @ray.method(concurrency_group="read")
     def dense(self, serial: int | None, name: str) -> Reply:

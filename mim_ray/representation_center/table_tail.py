@@ -20,6 +20,7 @@ class TableTail:
         self._table, self._encoder_version = table, encoder_version
         self._known = newer_than
         self._quiet_since: int | None = None
+        self._pending: tuple[int, int | None] = (newer_than, None)
 
     def poll(self) -> list[DataFile]:
         """Files with rows of later commits than the last poll saw, oldest commit first.

@@ -17,7 +17,7 @@ from mim_ray.representation_center.compaction import compact
 from mim_ray.representation_center.key_index import shard_of
 from mim_ray.representation_center.lookup import EmbeddingLookup
 from mim_ray.representation_center.overlay import Overlay
-from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.representation_center.snapshot import Snapshot, write_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import append_segment, fold, segment_rows
 
@@ -172,6 +172,18 @@ def test_what_storage_refused_once_is_taken_by_the_next_look(center: str, monkey
     assert lookup.overlay.synced_ns == before, "readers are not told that this lookup is up to date"
     lookup.refresh()
     assert shown(lookup, ["new"]) == {"new": 2}
+
+
+def test_a_table_and_a_window_that_are_not_there_yet_are_followed_when_they_come(tmp_path: Path) -> None:
+    write_snapshot(f"{tmp_path}/line", ["a"], np.ones((1, 2), np.float32), encoder_version="v1")
+    table = EmbeddingTable(f"{tmp_path}/table")
+    snapshot = Snapshot.open(f"{tmp_path}/line")
+    lookup = EmbeddingLookup(snapshot, table=table, window=f"{tmp_path}/window", table_every_s=0)
+    assert lookup.refresh() == 0
+    append_segment(f"{tmp_path}/window", message(["b"], 2, 6), encoder_version="v1")
+    table.create().append(message(["c"], 3, 6), encoder_version="v1", shard_id="s0")
+    lookup.refresh()
+    assert shown(lookup, ["a", "b", "c"]) == {"a": 1, "b": 2, "c": 3}
 
 
 def test_a_damaged_segment_is_told_and_holds_up_nothing(center: str) -> None:

@@ -133,6 +133,9 @@ def test_reading_mappings_and_calling_give_the_tables_rows(fleet: ParameterMachi
         assert answer.found.tolist() == [True] * NUM + [False] * 2
         assert answer.matrix[:, 1].tolist() == [*range(NUM - 1, -1, -1), 0, 0]
         assert (answer.release, answer.degraded, answer.matrix.dtype) == ("one", False, np.float32)
+        many = client.multi_get([*IDS * 60, "nobody"])  # large answers travel in pieces
+        assert many.matrix[:, 2].tolist() == [*list(range(NUM)) * 60, 0]
+        assert many.found.sum() == 60 * NUM
         both = client.get_many({"mm": ["i3", "x"], "item_id": ["i3", "i4", "x"]})
         assert both["item_id"].matrix.tolist() == [[0, 0], [0, 0], [0, 0]]
         assert both["item_id"].found.tolist() == [True, True, False]
