@@ -15,15 +15,13 @@ so it stays; and it stays when its content is newer than the deletion.
 from __future__ import annotations
 
 import contextlib
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 
 from mim_ray.data.ids import hash_ids
 from mim_ray.data.listing import Listing
@@ -42,7 +40,8 @@ from mim_ray.extraction.catalogue_state import (
 )
 from mim_ray.extraction.chosen import ChosenRows
 from mim_ray.extraction.read import COLUMNS, Decoding, prepare_items
-from mim_ray.extraction.scan import Scanned, scan
+from mim_ray.extraction.scan import Scanned
+from mim_ray.extraction.scanners import Scanners
 from mim_ray.representation_center.key_index import string_array
 from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.snapshot import NO_TIME
@@ -106,7 +105,7 @@ def find_changes(
     rejected: np.ndarray,
     now: int,
     warm_rows: int,
-    scan_cpus: float,
+    scanners: Scanners,
     full: bool = False,
 ) -> Changes:
     """Compare the catalogue with the last state, and what differs with what is known.
@@ -140,7 +139,7 @@ def find_changes(
             progress = Progress("compare", total=total, unit="rows")
             if total > SHOWN_ROWS:
                 stack.enter_context(progress)
-            for shard, scanned, carried in _scans(shards, pairs, decoding, warm_rows, scan_cpus):
+            for shard, scanned, carried in scanners.scan(shards, pairs, decoding, warm_rows):
                 pieces.append(pack.add(scanned.records))
                 found.void_rejects.append(rejected[np.isin(rejected, hash_ids(scanned.ids))])
                 starts.setdefault(shard.source, shard.first_row)
@@ -175,23 +174,6 @@ def find_changes(
 def deletion_rows(ids: Sequence[str], content_at: Sequence[int] | np.ndarray) -> pa.Table:
     """A table of item_id and content_at."""
     return pa.table({"item_id": pa.array(ids, pa.string()), "content_at": pa.array(content_at, pa.int64()).cast(TIME)})
-
-
-def _scans(
-    shards: Sequence[Shard], pairs: np.ndarray | None, decoding: Decoding, warm_rows: int, cpus: float
-) -> Iterator[tuple[Shard, Scanned, Any]]:
-    """Each slice looked at by a Ray task, in order; a bounded number is under way."""
-    task: Any = ray.remote(scan).options(num_cpus=cpus, num_returns=2)
-    shared = ray.put(pairs)
-    at_once = max(4, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    waiting: deque[tuple[Shard, Any, Any]] = deque()
-    for shard in shards:
-        waiting.append((shard, *task.remote(shard, shared, decoding, warm_rows)))
-        if len(waiting) >= at_once:
-            first, scanned, carried = waiting.popleft()
-            yield first, ray.get(scanned), carried
-    for shard, scanned, carried in waiting:
-        yield shard, ray.get(scanned), carried
 
 
 def _compare(

@@ -38,6 +38,7 @@ from mim_ray.extraction.plan import Unit
 from mim_ray.extraction.pool import EncoderPool
 from mim_ray.extraction.read import Decoding
 from mim_ray.extraction.run import decoding_of, describe_encoder, encoder_pool
+from mim_ray.extraction.scanners import Scanners
 from mim_ray.extraction.write import Committer, ShardFile, read_rejects_file
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.data_files import Fragment, write_fragment
@@ -50,7 +51,6 @@ from mim_ray.runtime.progress import Progress
 
 STAGE = "refresh"
 MANY_DELETIONS = 100
-SCAN_CPUS = 0.0  # looking at rows is short; it may go on beside the actors that hold the CPUs
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class Refresher:
         self._state: CatalogueState | None = None
         self._lease = Lease(f"{folder}/lease", what="refresh")
         self._pool, self._own_pool = pool, pool is None
+        self._scanners = Scanners()
         self._identity = artifacts.fingerprint(encoder_version, asdict(decoding))
         self._built_at = float("-inf")
 
@@ -157,6 +158,7 @@ class Refresher:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._cool()
+        self._scanners.close()
         self._lease.__exit__(kind, error, tb)
 
     def round(self, *, full: bool = False) -> Round:
@@ -219,7 +221,7 @@ class Refresher:
             rejected=np.unique(hash_ids(earlier["key"])),
             now=now,
             warm_rows=self._refresh.warm_rows,
-            scan_cpus=SCAN_CPUS,
+            scanners=self._scanners,
             full=full,
         )
         self._check_deletions(changes, known)

@@ -29,7 +29,7 @@ class Scanned:
         rows: (n,) int64 numbers in the slice of the candidates: rows that were not seen before with this content.
         ids, hashes: their item ids and content hashes, if the picture can be used. title_hashes: if it cannot.
         created_at: (n,) int64 microseconds, NO_TIME where the catalogue names none.
-        blank: numbers of rows without an id.
+        blank: numbers of rows without an id. carried: whether the candidates' content is returned too.
     """
 
     records: Records
@@ -40,6 +40,7 @@ class Scanned:
     title_hashes: pa.Array
     created_at: np.ndarray
     blank: np.ndarray
+    carried: bool
 
 
 def scan(
@@ -78,6 +79,7 @@ def scan(
         found = files.read_all([None] * len(named), [uris[row] for row in named])
         for place, row, image in zip(elsewhere, named, found, strict=True):
             hashes[place] = content_hash(titles[row], None if isinstance(image, BadImage) else image)
+    few = len(rows) <= max_carried_rows and sum(len(images[row] or b"") for row in rows) <= MAX_CARRIED_BYTES
     scanned = Scanned(
         records,
         table.num_rows,
@@ -87,11 +89,9 @@ def scan(
         pa.array([content_hash(titles[row], None) for row in rows], pa.string()),
         times(table["created_at"])[rows],
         np.flatnonzero(~has_id),
+        few,
     )
-    carried = None
-    if len(rows) <= max_carried_rows and sum(len(images[row] or b"") for row in rows) <= MAX_CARRIED_BYTES:
-        carried = table.take(chosen)
-    return scanned, carried
+    return scanned, table.take(chosen) if few else None
 
 
 def _binaries(column: pa.ChunkedArray) -> Sequence[memoryview | None]:

@@ -1,0 +1,71 @@
+"""Who looks at the catalogue's rows: this process where they are few, else actors that stay alive between rounds."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from mim_ray.data.sources import Shard
+from mim_ray.extraction.read import Decoding
+from mim_ray.extraction.scan import Scanned, scan
+
+HERE_ROWS = 10_000  # fewer are looked at in this process
+MAX_SCANNERS = 64
+
+
+class Scanners:
+    """Actors that take no CPU of Ray's count: looking is short, and goes on beside the encoders that hold the CPUs.
+
+    Tasks would do, but Ray ends idle workers after a second, and a new one takes longer than the work of a small round.
+    """
+
+    def __init__(self) -> None:
+        self._actors: list[Any] = []
+
+    def scan(
+        self, shards: Sequence[Shard], seen: np.ndarray | None, decoding: Decoding, max_carried_rows: int
+    ) -> Iterator[tuple[Shard, Scanned, Any]]:
+        """Each slice with what `scan.scan` finds, in order; the content carried is in the object store, or None."""
+        if sum(shard.num_rows for shard in shards) <= HERE_ROWS:
+            for shard in shards:
+                scanned, carried = scan(shard, seen, decoding, max_carried_rows)
+                yield shard, scanned, None if carried is None else ray.put(carried)
+            return
+        self._start(len(shards))
+        shared = ray.put(seen)
+        waiting: deque[tuple[Shard, Any, Any]] = deque()
+        for number, shard in enumerate(shards):
+            actor = self._actors[number % len(self._actors)]
+            scanned, carried = actor.scan.remote(shard, shared, decoding, max_carried_rows)
+            waiting.append((shard, scanned, carried))
+            if len(waiting) >= 2 * len(self._actors):
+                yield _result(*waiting.popleft())
+        while waiting:
+            yield _result(*waiting.popleft())
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self._actors if ray.is_initialized() else ():
+            ray.kill(actor)
+        self._actors = []
+
+    def _start(self, num_shards: int) -> None:
+        wanted = min(max(1, int(ray.cluster_resources().get("CPU", 1))), MAX_SCANNERS, num_shards)
+        actor: Any = ray.remote(_Scanner)
+        options = {"num_cpus": 0, "scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": -1}
+        self._actors += [actor.options(**options).remote() for _ in range(wanted - len(self._actors))]
+
+
+class _Scanner:
+    @ray.method(num_returns=2)
+    def scan(self, *arguments: Any) -> Any:
+        return scan(*arguments)
+
+
+def _result(shard: Shard, scanned: Any, carried: Any) -> tuple[Shard, Scanned, Any]:
+    found: Scanned = ray.get(scanned)
+    return shard, found, carried if found.carried else None
