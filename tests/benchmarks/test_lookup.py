@@ -52,7 +52,7 @@ def test_a_speed_is_the_others_time_over_ours(modules: dict[str, ModuleType]) ->
 
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
 def test_redis_answers_the_same_and_its_server_is_ended(modules: dict[str, ModuleType], tmp_path: Path) -> None:
-    redis = pytest.importorskip("redis")
+    redis = pytest.importorskip("redis", reason="the client of Redis is not installed: pip install -e '.[bench]'")
     found = modules["lookup_redis"].against_redis(small(modules, tmp_path))  # compares both answers
     assert found["vs_redis_mget"]["pairs"] == 3
     assert found["vs_redis_mget"]["value"] > 0
