@@ -107,14 +107,15 @@ def measure_rounds(plan: Plan, folder: Path) -> dict[str, Any]:
     write_deltalake(single, items.slice(0, 1))
     encoder, described = make_encoder(folder, items["title"].to_pylist()[:2_000])
 
+    pool, scanners = warm_parts(encoder)  # running, as between the rounds of --every
     empty = []
-    for number in range(3):
-        with refresher(single, f"{folder}/empty-{number}", encoder, described) as running:
+    for number in range(5):
+        with refresher(single, f"{folder}/empty-{number}", encoder, described, pool, scanners) as running:
             empty.append(seconds_of_round(running)[0])
     random = np.random.default_rng(1)
     num_changed = plan.num_items // 100
     merged, nothing, appended, found, snapshots = [], [], [], [], []
-    with refresher(catalogue, f"{folder}/center", encoder, described) as running:
+    with refresher(catalogue, f"{folder}/center", encoder, described, pool, scanners) as running:
         full, first = seconds_of_round(running)
         assert first.encoded == plan.num_items, first
         for number in range(plan.rounds + 1):  # the first pair warms up
@@ -279,7 +280,20 @@ def make_encoder(folder: Path, titles: list[str]) -> tuple[str, Any]:
     return uri, describe_encoder(uri)
 
 
-def refresher(items: str, center: str, encoder: str, described: Any) -> Any:
+def warm_parts(encoder: str) -> tuple[Any, Any]:
+    """Encoder actors and scanners that are running."""
+    from mim_ray.config.scenario import Extraction
+    from mim_ray.extraction.run import encoder_pool
+    from mim_ray.extraction.scanners import Scanners
+
+    pool = encoder_pool(encoder, Extraction()).__enter__()
+    pool.wait()
+    scanners = Scanners()
+    scanners.start()
+    return pool, scanners
+
+
+def refresher(items: str, center: str, encoder: str, described: Any, pool: Any, scanners: Any) -> Any:
     from mim_ray.config.scenario import Extraction, Refresh
     from mim_ray.extraction.read import Decoding
     from mim_ray.extraction.refresh import Refresher
@@ -294,6 +308,8 @@ def refresher(items: str, center: str, encoder: str, described: Any) -> Any:
         settings=Extraction(),
         refresh=Refresh(snapshot_every_s=0.0),  # each round builds one, so that its time is measured; its share counts
         rejects=f"{center}-rejects",
+        pool=pool,
+        scanners=scanners,
     )
 
 

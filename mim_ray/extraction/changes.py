@@ -48,7 +48,7 @@ from mim_ray.representation_center.snapshot import NO_TIME
 from mim_ray.representation_center.table import EmbeddingTable, times
 from mim_ray.runtime.progress import Progress
 
-SCAN_ROWS = 50_000  # looked at by one task
+SCAN_ROWS = 16_384  # looked at by one task
 MAX_PAIRS = 16_000_000  # 128 MB for each node; when more rows were replaced, all of them are compared with the table
 SHOWN_ROWS = 200_000  # a shorter comparison shows no progress
 MAX_CLOCK_SKEW_US = 300_000_000

@@ -111,7 +111,8 @@ class Refresher:
     Args:
         items: URI of the items table, Parquet or Delta.
         encoder: URI that `load` understands. rejects: URI of the table of rejects.
-        pool: of actors that hold this encoder already; without one they are started when a round first needs them.
+        pool, scanners: of actors that are running (and hold this encoder) already; without, they are started when a round
+            first needs them.
 
     Raises:
         LeaseTakenError: on entry, another refresh of this encoder version is at work.
@@ -130,6 +131,7 @@ class Refresher:
         rejects: str,
         load: Callable[[str, bool], Encode] = load_encoder,
         pool: EncoderPool | None = None,
+        scanners: Scanners | None = None,
     ) -> None:
         self.items, self._center = items, center
         self.encoder_version, self._encoder, self._load = encoder_version, encoder, load
@@ -142,7 +144,7 @@ class Refresher:
         self._state: CatalogueState | None = None
         self._lease = Lease(f"{folder}/lease", what="refresh")
         self._pool, self._own_pool = pool, pool is None
-        self._scanners = Scanners()
+        self._scanners, self._own_scanners = scanners or Scanners(), scanners is None
         self._identity = artifacts.fingerprint(encoder_version, asdict(decoding))
         self._built_at = float("-inf")
 
@@ -158,7 +160,8 @@ class Refresher:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._cool()
-        self._scanners.close()
+        if self._own_scanners:
+            self._scanners.close()
         self._lease.__exit__(kind, error, tb)
 
     def round(self, *, full: bool = False) -> Round:

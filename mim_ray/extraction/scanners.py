@@ -35,7 +35,7 @@ class Scanners:
                 scanned, carried = scan(shard, seen, decoding, max_carried_rows)
                 yield shard, scanned, None if carried is None else ray.put(carried)
             return
-        self._start(len(shards))
+        self.start(len(shards))
         shared = ray.put(seen)
         waiting: deque[tuple[Shard, Any, Any]] = deque()
         for number, shard in enumerate(shards):
@@ -47,20 +47,26 @@ class Scanners:
         while waiting:
             yield _result(*waiting.popleft())
 
+    def start(self, most: int = MAX_SCANNERS) -> None:
+        """Have an actor for each CPU, if there are not more than `most`."""
+        wanted = min(max(1, int(ray.cluster_resources().get("CPU", 1))), MAX_SCANNERS, most)
+        actor: Any = ray.remote(_Scanner)
+        options = {"num_cpus": 0, "scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": -1}
+        new = [actor.options(**options).remote() for _ in range(wanted - len(self._actors))]
+        ray.get([scanner.ready.remote() for scanner in new])
+        self._actors += new
+
     def close(self) -> None:
         """End the actors."""
         for actor in self._actors if ray.is_initialized() else ():
             ray.kill(actor)
         self._actors = []
 
-    def _start(self, num_shards: int) -> None:
-        wanted = min(max(1, int(ray.cluster_resources().get("CPU", 1))), MAX_SCANNERS, num_shards)
-        actor: Any = ray.remote(_Scanner)
-        options = {"num_cpus": 0, "scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": -1}
-        self._actors += [actor.options(**options).remote() for _ in range(wanted - len(self._actors))]
-
 
 class _Scanner:
+    def ready(self) -> None:
+        """Returns once the actor runs."""
+
     @ray.method(num_returns=2)
     def scan(self, *arguments: Any) -> Any:
         return scan(*arguments)
