@@ -36,10 +36,10 @@ test: $(STAMP)  ## run the tests, those on Ray beside the others
 	@$(MAKE) --no-print-directory -j2 --output-sync=line test-ray test-rest
 
 test-ray: $(STAMP)
-	$(BIN)/python -m pytest -m "ray and not chaos"
+	$(BIN)/python -m pytest -m "shared_ray and not chaos"
 
 test-rest: $(STAMP)
-	$(BIN)/python -m pytest -m "not ray and not chaos"
+	$(BIN)/python -m pytest -m "not shared_ray and not chaos"
 
 chaos: $(STAMP)  ## long kill and soak tests; KILLS=n sets how many random kills of the extraction
 	KILLS=$(KILLS) $(BIN)/python -m pytest -m chaos

@@ -24,10 +24,10 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses the session's Ray or the head node is marked `ray`: `make test` runs these and the others side by side."""
+    """What uses the session's Ray is marked `shared_ray`: `make test` runs these tests and the others side by side."""
     for item in items:
-        if {"ray_cluster", "head"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker("ray")
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker("shared_ray")
 
 
 @dataclass(frozen=True)

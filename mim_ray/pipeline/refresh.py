@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import signal
 import sys
 import time
@@ -13,20 +12,18 @@ from typing import TYPE_CHECKING
 from mim_ray.config import Scenario, load_scenario
 from mim_ray.config.load import scenario_names
 from mim_ray.errors import ConfigError
-from mim_ray.pipeline.cli import told
+from mim_ray.pipeline.cli import duration_s, told
 from mim_ray.pipeline.layout import Layout
 
 if TYPE_CHECKING:
     from mim_ray.extraction.refresh import Refresher, Round
-
-_UNITS = {"s": 1, "m": 60, "min": 60, "h": 3_600, "d": 86_400}
 
 
 def main(doc: str | None, argv: Sequence[str] | None = None) -> None:
     """Refresh as the command line says; a user's mistake is a sentence and exit status 2."""
     with told("Stopped. The same command goes on with what is left."):
         args = _parser(doc).parse_intermixed_args(argv)
-        every_s = None if args.every is None else _seconds(args.every)
+        every_s = None if args.every is None else duration_s(args.every, "--every")
         if every_s is not None and args.full:
             raise ConfigError("--full compares the whole catalogue, which is not for every round: run it once, alone.")
         refresh(load_scenario(args.config, args.settings), every_s=every_s, full=args.full)
@@ -108,13 +105,6 @@ def _show(done: Round) -> None:
 
 def _clock() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    if match is None or (match[2] or "s") not in _UNITS or float(match[1]) <= 0:
-        raise ConfigError(f"--every {text} is no duration. Give a number with a unit: 60s, 5min, 2h.")
-    return float(match[1]) * _UNITS[match[2] or "s"]
 
 
 def _parser(doc: str | None) -> argparse.ArgumentParser:

@@ -86,7 +86,7 @@ def test_report_has_every_key_and_its_table_tells_a_missed_goal(
             pass
 
         def seconds(self, items: str, encode: bool) -> float:
-            return {"extract": 2.0, "process_pool": 1.9, "daft": 1.0}[self.name]
+            return {"extract": 2.0, "process_pool": 1.7, "daft": 4.0}[self.name]
 
         def close(self) -> None:
             pass
@@ -97,11 +97,11 @@ def test_report_has_every_key_and_its_table_tells_a_missed_goal(
     monkeypatch.setattr(main.Plan, "quickly", classmethod(lambda cls, cores, work: small))
     assert main.main(["--quick", "--check", "--json", str(tmp_path / "new" / "report.json")]) == 1
     report = json.loads((tmp_path / "new" / "report.json").read_text())
-    assert report["vs_process_pool"] == report["decode_vs_process_pool"] == 0.95
-    assert report["goals"]["vs_process_pool"]["met"]
+    assert report["vs_process_pool"] == report["decode_vs_process_pool"] == 0.85
+    assert report["goals"]["vs_process_pool"] == {"goal": ">= 0.9", "met": False}
+    assert re.search(r"vs_process_pool +0.85 +>= 0.9 +NO", capsys.readouterr().out)
     assert report["pss_10m_over_100k"] is None
     assert "pss_10m_over_100k" not in report["goals"]
-    if report["vs_daft"] is not None:
-        assert report["goals"]["vs_daft"] == {"goal": ">= 1", "met": False}
-        assert re.search(r"vs_daft +0.5 +>= 1 +NO", capsys.readouterr().out)
+    if report["vs_daft"] is not None:  # a peer that is not installed is not measured
+        assert report["goals"]["vs_daft"] == {"goal": ">= 1", "met": True}
     assert {"cpu", "cpus", "versions", "command", "measured_at", "git_commit"} <= set(report["machine"])

@@ -42,7 +42,7 @@ def test_rounds_find_what_changed_on_s3_and_a_second_refresh_leaves(s3: Any, sta
             encoder_version="v1",
             decoding=Decoding(PictureFormat(8, "squash"), 100_000, 10_000, 40, f"{s3.uri}/data"),
             settings=settings,
-            refresh=Refresh(),
+            refresh=Refresh(snapshot_every_s=0),
             rejects=f"{s3.uri}/rejects",
             pool=pool,
         )

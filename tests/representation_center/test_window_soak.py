@@ -138,6 +138,7 @@ def folded(root: Path, monkeypatch: pytest.MonkeyPatch, num: int) -> dict[str, f
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(3_600)
 @pytest.mark.parametrize("scene", [waiting, folded])
 def test_nothing_becomes_slow_with_many_messages(
     scene: Callable[[Path, pytest.MonkeyPatch, int], dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
