@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo bench test test-ray test-rest check format chaos wheel lock clean
+.PHONY: help setup demo bench test check format chaos wheel lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -32,14 +32,12 @@ demo: $(STAMP)  ## run every stage on a synthetic shop; writes runs/demo/report.
 bench: $(STAMP)  ## measure the contrastive loss in a minute; writes runs/contrastive.json
 	$(BIN)/python benchmarks/contrastive.py --quick --json runs/contrastive.json
 
-test: $(STAMP)  ## run the tests, those on Ray beside the others
-	@$(MAKE) --no-print-directory -j2 --output-sync=line test-ray test-rest
-
-test-ray: $(STAMP)
-	$(BIN)/python -m pytest -m "shared_ray and not chaos"
-
-test-rest: $(STAMP)
-	$(BIN)/python -m pytest -m "not shared_ray and not chaos"
+test: $(STAMP)  ## run the tests: those on the session's Ray beside the others, shown when the others are done
+	@mkdir -p runs; \
+	$(BIN)/python -m pytest -m "shared_ray and not chaos" > runs/test-ray.log 2>&1 & ray=$$!; \
+	trap "kill $$ray" INT TERM; \
+	$(BIN)/python -m pytest -m "not shared_ray and not chaos"; rest=$$?; \
+	wait $$ray; status=$$?; cat runs/test-ray.log; exit $$((rest + status))
 
 chaos: $(STAMP)  ## long kill and soak tests; KILLS=n sets how many random kills of the extraction
 	KILLS=$(KILLS) $(BIN)/python -m pytest -m chaos
