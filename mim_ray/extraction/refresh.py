@@ -11,10 +11,9 @@ is not encoded again. The encoder's actors (pool.py) stay alive between rounds.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import TracebackType
@@ -31,17 +30,17 @@ from mim_ray.data.rejects import read_rejects, reject_rows, write_rejects
 from mim_ray.data.sources import require_table
 from mim_ray.errors import DataError
 from mim_ray.extraction.catalogue_state import CatalogueState, PackWriter, StateStore, contained
-from mim_ray.extraction.changes import Changes, deletion_rows, find_changes
-from mim_ray.extraction.chosen import ChosenRows, Gathered
+from mim_ray.extraction.changes import Changes, find_changes
 from mim_ray.extraction.embed import Encode, Work, load_encoder
+from mim_ray.extraction.encode_changes import Encoded, units, write_deletions
 from mim_ray.extraction.plan import Unit
 from mim_ray.extraction.pool import EncoderPool
 from mim_ray.extraction.read import Decoding
 from mim_ray.extraction.run import decoding_of, describe_encoder, encoder_pool
 from mim_ray.extraction.scanners import Scanners
-from mim_ray.extraction.write import Committer, ShardFile, read_rejects_file
+from mim_ray.extraction.write import Committer, ShardFile
 from mim_ray.representation_center.build import build_snapshot
-from mim_ray.representation_center.data_files import Fragment, write_fragment
+from mim_ray.representation_center.data_files import Fragment
 from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.snapshot_line import POINTER, current_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
@@ -285,7 +284,7 @@ class Refresher:
                 if not few:
                     committer = stack.enter_context(Committer(self.table, settings.commit_every_s))
                     progress = stack.enter_context(Progress("refresh", total=changes.num_to_encode, unit="items"))
-                for file in self._run(self._units(changes.changes, few), work):
+                for file in self._run(units(changes.changes, few, settings.shard_rows, self._identity), work):
                     result.add(file)
                     if few:
                         fragments.append(file.fragment)
@@ -295,7 +294,7 @@ class Refresher:
         result.find_lost(known)
         gone = pa.concat_tables([changes.deletions, result.lost])
         if gone.num_rows and known.snapshot is not None:  # of nothing nothing is deleted
-            fragments.append(self._write_deletions(gone, known.snapshot.width))
+            fragments.append(write_deletions(self.table.uri, self.encoder_version, gone, known.snapshot.width))
         if fragments:
             self._lease.check()
             self.table.commit(fragments)
@@ -312,36 +311,6 @@ class Refresher:
             if cause is None:
                 raise
             raise cause from None
-
-    def _units(self, changes: Sequence[ChosenRows], few: bool) -> Iterator[Unit]:
-        """Units whose shards' ids follow from the rows: what a killed round committed is not committed again."""
-        num_rows = sum(chosen.num_rows for chosen in changes)
-        groups = [tuple(changes)] if few else [(chosen,) for chosen in changes]
-        shard_rows = self._settings.shard_rows
-        if few:  # all actors get some
-            at_once = int(ray.cluster_resources().get("CPU", 1)) or 1
-            shard_rows = min(shard_rows, max(16, -(-num_rows // (2 * at_once))))
-        for parts in groups:
-            rows = Gathered(parts)
-            content = artifacts.fingerprint(self._identity, shard_rows, [_described(part) for part in parts])
-            yield Unit(rows, content, shard_rows, np.arange(0, rows.num_rows, shard_rows), np.empty(0, np.int64))
-
-    def _write_deletions(self, gone: pa.Table, width: int) -> Fragment:
-        """A file of deletions. Their vectors are zeros: a row has its encoder version's width, whatever it says."""
-        num = gone.num_rows
-        keys = gone.sort_by("item_id")
-        zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(num * width, np.float32)), width)
-        rows = pa.table(
-            {
-                "item_id": keys["item_id"],
-                "embedding": zeros,
-                "content_hash": pa.nulls(num, pa.string()),
-                "content_at": keys["content_at"],
-                "deleted": pa.repeat(pa.scalar(True), num),
-            }
-        )
-        shard_id = artifacts.fingerprint(self.encoder_version, [str(column.to_pylist()) for column in keys.columns])
-        return write_fragment(self.table.uri, rows, encoder_version=self.encoder_version, shard_id=shard_id)
 
     def _write_rejects(self, earlier: pa.Table, rejects: pa.Table, changes: Changes) -> None:
         """What is rejected now: what was, less what changed or vanished, and this round's."""
@@ -378,40 +347,3 @@ class Refresher:
         if self._pool is not None and self._own_pool and ray.is_initialized():
             self._pool.__exit__(None, None, None)
             self._pool = None
-
-
-@dataclass
-class Encoded:
-    """What became of a round's rows.
-
-    Attributes:
-        rejects: (key, reason, detail). lost: deletion rows of items that have no usable content any more.
-    """
-
-    num_encoded: int = 0
-    num_copied: int = 0
-    rejects: list[tuple[str, str, str]] = field(default_factory=list)
-    lost: pa.Table = field(default_factory=lambda: deletion_rows([], []))
-
-    def add(self, file: ShardFile) -> None:
-        """Count a finished shard, and take its rejects in."""
-        self.num_copied += file.num_copied
-        self.num_encoded += file.fragment.num_rows - file.num_copied
-        if file.rejects is not None:
-            rows = read_rejects_file(file.rejects)
-            self.rejects += zip(*(rows[name].to_pylist() for name in ("key", "reason", "detail")), strict=True)
-            artifacts.remove(file.rejects)
-
-    def find_lost(self, known: KnownContent) -> None:
-        """Items that are known, but of which nothing can be shown now."""
-        ids = pa.array([key for key, reason, _ in self.rejects if reason == "no content"], pa.string())
-        state = known.look_up(ids)
-        there = np.asarray(state.hashes.is_valid(), bool)
-        self.lost = deletion_rows(ids.filter(pa.array(there)).to_pylist(), state.content_at[there])
-
-
-def _described(part: ChosenRows) -> list[object]:
-    digest = hashlib.blake2b(digest_size=16)
-    for array in (part.rows, part.content_at):
-        digest.update(b"all" if array is None else np.ascontiguousarray(array).tobytes())
-    return [part.shard.source, part.shard.first_row, part.floor, digest.hexdigest()]

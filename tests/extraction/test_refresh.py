@@ -320,7 +320,7 @@ def test_a_second_refresher_of_the_same_center_is_refused(tmp_path: Path, start:
         start(f"{tmp_path}/items.parquet")
 
 
-@pytest.mark.parametrize("step", ["PackWriter", "find_changes", "write_fragment", "write_rejects", "build_snapshot"])
+@pytest.mark.parametrize("step", ["PackWriter", "find_changes", "write_deletions", "write_rejects", "build_snapshot"])
 def test_a_round_that_failed_anywhere_is_made_up_for_by_the_next(
     tmp_path: Path, start: Any, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -165,7 +165,7 @@ def test_a_refresh_killed_at_any_step_and_moment_equals_an_undisturbed_one(
 ) -> None:
     uri = prepared(tmp_path, pool)
     refresh(uri, tmp_path / "undisturbed", warm_rows, pool)
-    steps = ("PackWriter", "find_changes", "write_fragment", "commit", "write_rejects", "build_snapshot", "state")
+    steps = ("PackWriter", "find_changes", "write_deletions", "commit", "write_rejects", "build_snapshot", "state")
     assert sum(killed(uri, tmp_path / "killed", warm_rows, step) for step in steps) >= 4
     moments = random.Random(0)
     for _ in range(int(os.environ.get("KILLS", "3"))):
