@@ -54,6 +54,7 @@ class Unit:
         content: stands for the rows' content and for all else that makes their embeddings differ.
         starts: ascending first rows of those of its shards that are to be made.
         duplicates: ascending rows of the unit whose item id an earlier row of the table has.
+        changed_at: time of its file, microseconds: its content is not older; 0 where created_at says it all.
     """
 
     rows: Rows
@@ -61,6 +62,7 @@ class Unit:
     shard_rows: int
     starts: np.ndarray
     duplicates: np.ndarray
+    changed_at: int = 0
 
     def slice(self, start: int) -> Slice:
         """The shard whose first row is `start`."""
@@ -76,12 +78,14 @@ class Plan:
     """All shards of an items table.
 
     Attributes:
-        files: as fragments whose footers are not loaded. groups: see `_UNIT`, a row for each unit.
+        files: as fragments whose footers are not loaded. changed_at: the time of each, microseconds.
+        groups: see `_UNIT`, a row for each unit.
     """
 
     uri: str
     schema: pa.Schema
     files: Sequence[ds.ParquetFileFragment]
+    changed_at: Sequence[int]
     groups: np.ndarray
     shard_rows: int
 
@@ -119,6 +123,7 @@ class Plan:
                     self.shard_rows,
                     np.array(starts, np.int64),
                     again[first:end] - group["first_row"],
+                    self.changed_at[group["file"]],
                 )
 
     @cached_property
@@ -177,7 +182,10 @@ def plan(items_uri: str, shard_rows: int, identity: Any) -> Plan:
             identity,
         )
         groups.append((len(files) - 1, ids[0], len(ids), shard.first_row, shard.num_rows, int(described, 16)))
-    return Plan(items_uri, schema, files, np.array(groups, _UNIT), shard_rows)
+    infos = files[0].filesystem.get_file_info([file.path for file in files]) if files else []
+    return Plan(
+        items_uri, schema, files, [info.mtime_ns // 1_000 for info in infos], np.array(groups, _UNIT), shard_rows
+    )
 
 
 def shard_id(content: str, start: int) -> str:

@@ -6,6 +6,7 @@ neither decoded nor encoded again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 
 from mim_ray.data.event_log import is_blank
 from mim_ray.data.image_files import ImageFiles
+from mim_ray.data.schema import TIME
 from mim_ray.data.transforms import (
     BadImage,
     PictureFormat,
@@ -25,7 +27,8 @@ from mim_ray.data.transforms import (
     decode_image,
 )
 from mim_ray.extraction.plan import Slice, Unit
-from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.representation_center.current_rows import times
+from mim_ray.representation_center.snapshot import NO_TIME, Snapshot
 
 COLUMNS = ["item_id", "title", "category", "image", "image_uri", "created_at"]
 MAX_ID_BYTES = 4_096
@@ -83,6 +86,7 @@ class ShardReader:
         duplicate = np.isin(np.arange(piece.start, piece.stop), self.unit.duplicates)
         for rows in self._pieces(piece):
             start = seen.num_rows
+            rows = with_content_times(rows, self.unit.changed_at)
             block = prepare_items(rows, duplicate[start : start + rows.num_rows], self._decoding, seen)
             yield block.append_column("row", pa.array(np.arange(start, start + rows.num_rows, dtype=np.int64)))
 
@@ -107,6 +111,18 @@ class ShardReader:
             self._left = rows.slice(taken) if taken < rows.num_rows else None
             self._at += taken
             yield rows.slice(0, taken)
+
+
+def with_content_times(rows: pa.Table, changed_at: int) -> pa.Table:
+    """Rows whose created_at is the time of their content: not before their file's time, the rule of refreshes, too.
+
+    A created_at in the future does not count: no later content could replace it.
+    """
+    if not changed_at:
+        return rows
+    created = times(rows["created_at"])
+    latest = np.maximum(np.where(created <= time.time_ns() // 1_000, created, NO_TIME), changed_at)
+    return rows.set_column(rows.column_names.index("created_at"), "created_at", pa.array(latest, pa.int64()).cast(TIME))
 
 
 def prepare_items(rows: pa.Table, duplicate: np.ndarray, decoding: Decoding, seen: Seen | None = None) -> pa.Table:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from mim_ray.data.schema import TIME
 from mim_ray.data.transforms import PictureFormat, content_hash, decode_image
 from mim_ray.errors import TrainingError
 from mim_ray.extraction.embed import embed, resolve
 from mim_ray.extraction.plan import plan
-from mim_ray.extraction.read import Decoding, ShardReader, read_shard
+from mim_ray.extraction.read import Decoding, ShardReader, read_shard, with_content_times
 
 
 def png(number: int) -> bytes:
@@ -148,3 +151,17 @@ def test_an_embedding_that_is_not_finite_stops_the_job(tmp_path: Path, make_item
     table = prepared(tmp_path, make_items)
     with pytest.raises(TrainingError, match="not finite"):
         embed(table, lambda titles, images, has_image: np.full((len(titles), 2), np.nan, np.float32), 8)
+
+
+def test_content_is_not_older_than_the_file_that_has_it(make_items: Callable[..., str], tmp_path: Path) -> None:
+    """So that what an extraction brings after a refresh is the newer content, by the same rule."""
+    uri = make_items(tmp_path, num=8, row_group_rows=8, files=1)
+    written_at = datetime(2026, 1, 2, tzinfo=UTC)
+    for file in [Path(uri)] if Path(uri).is_file() else Path(uri).rglob("*.parquet"):
+        os.utime(file, (written_at.timestamp(), written_at.timestamp()))
+    (unit,) = plan(uri, 8, ["v1"]).units(set())
+    (block,) = read_shard(unit, unit.slices[0], DECODING, None, 8)
+    assert set(block["content_at"].to_pylist()) == {written_at}  # the items were created in 1970
+    rows = pa.table({"created_at": pa.array([10, None, 2**62], TIME)})
+    later = with_content_times(rows, 5)["created_at"].cast(pa.int64()).to_pylist()
+    assert later == [10, 5, 5]  # created in the future: the file's time
