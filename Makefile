@@ -32,11 +32,11 @@ demo: $(STAMP)  ## run every stage on a synthetic shop; writes runs/demo/report.
 bench: $(STAMP)  ## measure the contrastive loss in a minute; writes runs/contrastive.json
 	$(BIN)/python benchmarks/contrastive.py --quick --json runs/contrastive.json
 
-test: $(STAMP)  ## run the tests: those on the session's Ray beside the others, shown when the others are done
+test: $(STAMP)  ## run the tests, in two halves side by side; the second is shown when both are done
 	@mkdir -p runs; \
-	$(BIN)/python -m pytest -m "shared_ray and not chaos" > runs/test-ray.log 2>&1 & ray=$$!; \
+	$(BIN)/python -m pytest -m "ray_lane and not chaos" > runs/test-ray.log 2>&1 & ray=$$!; \
 	trap "kill $$ray" INT TERM; \
-	$(BIN)/python -m pytest -m "not shared_ray and not chaos"; rest=$$?; \
+	$(BIN)/python -m pytest -m "not ray_lane and not chaos"; rest=$$?; \
 	wait $$ray; status=$$?; cat runs/test-ray.log; exit $$((rest + status))
 
 chaos: $(STAMP)  ## long kill and soak tests; KILLS=n sets how many random kills of the extraction

@@ -23,11 +23,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must no
 import pytest
 
 
+RAY_LANE = {"ciubm", "csft", "extraction", "pipeline", "pretraining"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses the session's Ray is marked `shared_ray`: `make test` runs these tests and the others side by side."""
+    """`make test` runs the tests of these folders that use the session's Ray beside all others, in a process and a Ray of their
+    own: each half takes about as long."""
     for item in items:
-        if "ray_cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker("shared_ray")
+        if "ray_cluster" in getattr(item, "fixturenames", ()) and item.path.parent.name in RAY_LANE:
+            item.add_marker("ray_lane")
 
 
 @dataclass(frozen=True)
