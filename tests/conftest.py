@@ -22,7 +22,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must no
 
 import pytest
 
-
 RAY_LANE = {"ciubm", "csft", "extraction", "pipeline", "pretraining"}
 
 
