@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from mim_ray.artifacts import now
 from mim_ray.config import Scenario, load_scenario
 from mim_ray.config.load import scenario_names
 from mim_ray.errors import ArtifactError, StorageError
@@ -56,7 +57,7 @@ def run(scenario: Scenario, *, every_s: float | None = None) -> None:
         except (ArtifactError, StorageError) as error:
             if every_s is None:
                 raise
-            print(f"{_clock()}  {error}", file=sys.stderr, flush=True)
+            print(f"{now()}  {error}", file=sys.stderr, flush=True)
         else:
             rows = _rows(done, scenario)
             if every_s is None:
@@ -64,7 +65,7 @@ def run(scenario: Scenario, *, every_s: float | None = None) -> None:
                     format_summary(f"Maintenance of {center}", [*rows, ("took", f"{time.monotonic() - start:.1f} s")])
                 )
             else:
-                print(f"{_clock()}  {' | '.join(f'{name} {text}' for name, text in rows)}", flush=True)
+                print(f"{now()}  {' | '.join(f'{name} {text}' for name, text in rows)}", flush=True)
         if every_s is None:
             return
         next_at = max(next_at + every_s, time.monotonic())
@@ -96,10 +97,6 @@ def _rows(done: Upkeep, scenario: Scenario) -> list[tuple[str, str]]:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _clock() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _parser(doc: str | None) -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mim_ray.artifacts import now
 from mim_ray.config import Scenario, load_scenario
 from mim_ray.config.load import scenario_names
 from mim_ray.errors import ConfigError
@@ -67,7 +68,7 @@ def _rounds(refresher: Refresher, scenario: Scenario, layout: Layout, every_s: f
         except LeaseTakenError:
             raise
         except (ArtifactError, DataError) as error:  # the catalogue may be better in a minute
-            print(f"{_clock()}  nothing done: {error}", file=sys.stderr, flush=True)
+            print(f"{now()}  nothing done: {error}", file=sys.stderr, flush=True)
         next_at = max(next_at + every_s, time.monotonic())
         time.sleep(max(0.0, next_at - time.monotonic()))
 
@@ -96,15 +97,11 @@ def _show(done: Round) -> None:
     rejected = ", ".join(f"{count:,} {reason}" for reason, count in sorted(done.rejected.items())) or "0"
     older = f", {done.older:,} older than known" if done.older else ""
     print(
-        f"{_clock()}  new {done.new:,}, changed {done.changed:,}, deleted {done.deleted:,}, unchanged {done.unchanged:,}"
+        f"{now()}  new {done.new:,}, changed {done.changed:,}, deleted {done.deleted:,}, unchanged {done.unchanged:,}"
         f"{older} | encoded {done.encoded:,}, copied {done.copied:,}, rejected {rejected} | {done.seconds:.2f} s | "
         f"snapshot {done.snapshot or 'none'}{' (new)' if done.built else ''}",
         flush=True,
     )
-
-
-def _clock() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _parser(doc: str | None) -> argparse.ArgumentParser:
