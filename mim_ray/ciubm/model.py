@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mim_ray.ciubm.backbones import build_backbone
+from mim_ray.ciubm.backbones import Side, build_backbone
 from mim_ray.ciubm.interest import Norm, content_interest, content_relevance, fusion_interest, similarity_histogram
 
 
@@ -28,6 +28,9 @@ class EmbeddedBatch(NamedTuple):
     user: Tensor | None = None  # (B, u)
     target_mm: Tensor | None = None  # (B, D), zero where there is no content
     behavior_mm: Tensor | None = None  # (B, L, D)
+    behavior_age_s: Tensor | None = None  # (B, L) seconds from the behavior to the impression, 0 or more
+    context: Tensor | None = None  # (B, c) the row's other features, embedded and normalised
+    query_mm: Tensor | None = None  # (B, D) the query in the space of the MM embeddings, zero where there is none
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ class CtrNetwork(nn.Module):
         """Input of the deep network, in the order of Eq. 9, then the other features."""
         parts: list[Tensor] = []
         if self.backbone is not None:
-            parts.append(self.backbone(batch.target, batch.behaviors, batch.behavior_mask, batch.same_category))
+            side = Side(batch.same_category, batch.behavior_age_s)
+            parts.append(self.backbone(batch.target, batch.behaviors, batch.behavior_mask, side))
         if self.config.content_width is not None:
             parts += self._content(batch)
         count = batch.behavior_mask.sum(dim=1, keepdim=True).to(batch.target.dtype)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mim_ray.ciubm.backbones import NAMES, build_backbone
+from mim_ray.ciubm.backbones import NAMES, Side, build_backbone
 from mim_ray.ciubm.backbones.din import Din
 from mim_ray.ciubm.backbones.sim import TargetAttention, newest
 
@@ -31,20 +31,20 @@ def backbone(request: pytest.FixtureRequest) -> torch.nn.Module:
 
 def test_padding_never_shows(backbone: torch.nn.Module, case: tuple[torch.Tensor, ...]) -> None:
     target, behaviors, mask, same = case
-    result = backbone(target, behaviors, mask, same)
+    result = backbone(target, behaviors, mask, Side(same))
     assert result.shape == (B, backbone.width)
     padded = torch.where(mask.unsqueeze(-1), behaviors, 99.0)
-    assert torch.allclose(result, backbone(target, padded, mask, same | ~mask), atol=1e-6)
+    assert torch.allclose(result, backbone(target, padded, mask, Side(same | ~mask)), atol=1e-6)
     longer = torch.cat([behaviors, torch.full((B, 3, D), 7.0)], dim=1)
     more = torch.zeros(B, 3, dtype=torch.bool)
     assert torch.allclose(
-        result, backbone(target, longer, torch.cat([mask, more], 1), torch.cat([same, ~more], 1)), atol=1e-6
+        result, backbone(target, longer, torch.cat([mask, more], 1), Side(torch.cat([same, ~more], 1))), atol=1e-6
     )
 
 
 def test_no_behaviors_no_interest(backbone: torch.nn.Module, case: tuple[torch.Tensor, ...]) -> None:
     target, behaviors, mask, same = case
-    assert backbone(target, behaviors, mask, same)[3].abs().max() == 0
+    assert backbone(target, behaviors, mask, Side(same))[3].abs().max() == 0
 
 
 @pytest.mark.parametrize("name", ["average", "din"])
@@ -52,20 +52,20 @@ def test_order_of_behaviors_does_not_matter(name: str, case: tuple[torch.Tensor,
     target, behaviors, mask, same = case
     model = build_backbone(name, D, num_searched=2, num_short=3)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    shuffled = model(target, behaviors[:, order], mask[:, order], same[:, order])
-    assert torch.allclose(model(target, behaviors, mask, same), shuffled, atol=1e-5)
+    shuffled = model(target, behaviors[:, order], mask[:, order], Side(same[:, order]))
+    assert torch.allclose(model(target, behaviors, mask, Side(same)), shuffled, atol=1e-5)
 
 
 def test_average_is_the_mean_of_real_behaviors(case: tuple[torch.Tensor, ...]) -> None:
     target, behaviors, mask, same = case
-    result = build_backbone("average", D, num_searched=1, num_short=1)(target, behaviors, mask, same)
+    result = build_backbone("average", D, num_searched=1, num_short=1)(target, behaviors, mask, Side(same))
     assert torch.allclose(result[1], behaviors[1, :3].mean(dim=0), atol=1e-6)
 
 
 def test_din_equals_its_layers_on_t_h_difference_product(case: tuple[torch.Tensor, ...]) -> None:
     target, behaviors, mask, same = case
     model = Din(D)
-    result = model(target, behaviors, mask, same)
+    result = model(target, behaviors, mask, Side(same))
     for row in range(B):
         expected = torch.zeros(D)
         for i in range(int(mask[row].sum())):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mim_ray.ciubm.backbones.face import Side
+
 
 class Din(nn.Module):
     """h_B^ID = Σ_i a(t, h_i) h_i with a learnt a (Eq. 1)."""
@@ -21,7 +23,7 @@ class Din(nn.Module):
         self.activation = nn.PReLU()
         self.second = nn.Linear(hidden, 1)
 
-    def forward(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, same_category: Tensor) -> Tensor:
+    def forward(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
         """(B, d) target and (B, L, d) behaviors -> (B, d); zeros without behaviors."""
         scores = self.relevance(target, behaviors).masked_fill(~behavior_mask, 0.0)
         return torch.bmm(scores.unsqueeze(1), behaviors).squeeze(1)

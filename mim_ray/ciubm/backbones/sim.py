@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mim_ray.ciubm.backbones.din import Din
+from mim_ray.ciubm.backbones.face import Side
 
 
 class Sim(nn.Module):
@@ -27,15 +28,12 @@ class Sim(nn.Module):
         self.exact = TargetAttention(id_width, num_heads if id_width % num_heads == 0 else 1)
         self.short = Din(id_width)
 
-    def forward(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, same_category: Tensor) -> Tensor:
-        """(B, d) target and (B, L, d) behaviors -> (B, 2 d).
-
-        same_category: (B, L) bool, True where a behavior is of the target's category.
-        """
-        found, found_mask = newest(behaviors, behavior_mask & same_category, self.num_searched)
+    def forward(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
+        """(B, d) target and (B, L, d) behaviors -> (B, 2 d)."""
+        found, found_mask = newest(behaviors, behavior_mask & side.same_category, self.num_searched)
         recent, recent_mask = newest(behaviors, behavior_mask, self.num_short)
         long_term = self.exact(target, found, found_mask)
-        return torch.cat([long_term, self.short(target, recent, recent_mask, recent_mask)], dim=-1)
+        return torch.cat([long_term, self.short(target, recent, recent_mask, side)], dim=-1)
 
 
 class TargetAttention(nn.Module):
