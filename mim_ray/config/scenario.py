@@ -48,6 +48,8 @@ class Run(Section):
     center: str | None = None
     """Folder or URI of the representation center. Default: center below run.root. Runs may share one: the embeddings of
     a new encoder fill beside those that are served."""
+    reuse: tuple[str, ...] = ()
+    """Roots of other runs: a stage that one of them finished with the same settings and input is read there, not made again."""
     seed: Count = 0
     """Every random choice derives from it."""
     num_cpus: Positive | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mim_ray.artifacts import absolute_uri, center_root, run_root
 from mim_ray.config import Scenario
@@ -11,11 +11,17 @@ from mim_ray.config.scenario import ENCODER_FOLDERS, Encoding
 
 @dataclass(frozen=True)
 class Layout:
-    """URIs of a run. `data_root` is the user's folder, or the synthetic shop's; `center` may be shared with other runs."""
+    """URIs of a run.
+
+    Attributes:
+        own_data: the user's folder, None for the synthetic shop. center: may be shared with other runs.
+        elsewhere: stages that another run made (run.reuse), by name.
+    """
 
     root: str
-    data_root: str
+    own_data: str | None
     center: str
+    elsewhere: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, scenario: Scenario) -> Layout:
@@ -24,16 +30,21 @@ class Layout:
             ConfigError: a relative root in a submitted job.
         """
         root = run_root(scenario)
-        data_root = f"{root}/shop" if scenario.data.root is None else absolute_uri(scenario.data.root)
-        return cls(root, data_root, center_root(scenario))
+        own_data = None if scenario.data.root is None else absolute_uri(scenario.data.root)
+        return cls(root, own_data, center_root(scenario))
 
     def stage(self, name: str) -> str:
         """Folder of the artifact of the stage called `name`."""
-        return f"{self.root}/{name}"
+        return self.elsewhere.get(name, f"{self.root}/{name}")
+
+    @property
+    def data_root(self) -> str:
+        """Where items and interactions are."""
+        return self.stage("shop") if self.own_data is None else self.own_data
 
     @property
     def samples(self) -> str:
-        return f"{self.root}/samples"
+        return self.stage("samples")
 
     @property
     def rejects(self) -> str:
@@ -42,13 +53,14 @@ class Layout:
     @property
     def true_styles(self) -> str:
         """Snapshot of the synthetic shop's true style vectors."""
-        return f"{self.root}/shop/truth/styles"
+        return f"{self.stage('shop')}/truth/styles"
 
     @property
     def true_probs(self) -> str:
         """The synthetic shop's true click probabilities, by impression."""
-        return f"{self.root}/shop/truth/impressions.parquet"
+        return f"{self.stage('shop')}/truth/impressions.parquet"
 
     def encoder(self, stage: Encoding) -> str:
         """The encoder that a stage left: untrained, dda, pretraining (DDA and DMA) or csft."""
-        return f"{self.root}/{ENCODER_FOLDERS[stage]}"
+        name, _, folder = ENCODER_FOLDERS[stage].partition("/")
+        return f"{self.stage(name)}/{folder}"

@@ -58,6 +58,7 @@ class Pipeline:
     def __init__(self, scenario: Scenario, stages: list[Stage]) -> None:
         self.scenario = scenario
         self.layout = Layout.of(scenario)
+        self._reuse = [artifacts.absolute_uri(root) for root in scenario.run.reuse]
         self.stages = {stage.name: stage for stage in stages}
         self._fingerprints: dict[str, str] = {}
         self._source: str | None = None
@@ -84,9 +85,14 @@ class Pipeline:
         }
 
     def finished(self, name: str) -> Manifest | None:
-        """The stage's manifest when what it left is complete and still valid."""
-        manifest = artifacts.read_manifest(self.layout.stage(name))
-        return manifest if manifest is not None and manifest.fingerprint == self.fingerprint(name) else None
+        """The stage's manifest when what it left, here or in a run named by run.reuse, is complete and still valid."""
+        for root in (self.layout.root, *self._reuse):
+            manifest = artifacts.read_manifest(f"{root}/{name}")
+            if manifest is not None and manifest.fingerprint == self.fingerprint(name):
+                if root != self.layout.root:
+                    self.layout.elsewhere[name] = f"{root}/{name}"
+                return manifest
+        return None
 
     def plan(self, targets: list[str]) -> list[str]:
         """The stages that have to run for `targets`, parents first."""

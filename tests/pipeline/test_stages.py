@@ -65,6 +65,20 @@ def test_a_changed_setting_reruns_the_stage_and_what_is_made_from_it(
     assert chain(recorder, tmp_path, "evaluation.num_bootstrap=7").plan(["third"]) == ["third"]
 
 
+def test_a_stage_that_another_run_finished_alike_is_read_there(
+    ray_cluster: None, recorder: Recorder, tmp_path: Path
+) -> None:
+    chain(recorder, tmp_path / "one").run(["second"])
+    other = chain(recorder, tmp_path / "two", f"run.reuse=[{tmp_path}/none,{tmp_path}/one]", "csft.steps=7")
+    assert other.plan(["third"]) == ["second", "third"]
+    other.run(["third"])
+    assert recorder.ran == ["first", "second", "second", "third"]
+    assert other.layout.stage("first") == f"{tmp_path}/one/first"
+    assert other.layout.encoder("dda") == f"{tmp_path}/two/pretraining/dda"
+    assert other.layout.stage("second") == f"{tmp_path}/two/second"
+    assert len(list((tmp_path / "one" / "second").glob("partial-*"))) == 1
+
+
 def test_settings_of_execution_do_not_rerun_anything(ray_cluster: None, recorder: Recorder, tmp_path: Path) -> None:
     chain(recorder, tmp_path).run(["third"])
     assert (
