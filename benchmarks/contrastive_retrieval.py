@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measuring import mean_interval
-
 from mim_ray.config import Scenario, load_scenario
+from mim_ray.evaluation.seeds import mean_interval
 from mim_ray.runtime.progress import format_seconds
 
 REFERENCE = "k = 10, hard negatives, TFN, three levels"
@@ -116,5 +115,6 @@ def _summary(runs: list[dict[str, Any]], reference: list[float] | None) -> dict[
     }
 
 
-def _mean_interval(values: list[float]) -> dict[str, float]:
-    return dict(zip(("mean", "low", "high"), (round(value, 4) for value in mean_interval(values)), strict=True))
+def _mean_interval(values: list[float]) -> dict[str, float | None]:
+    estimate = mean_interval(values)
+    return {key: None if v is None else round(v, 4) for key, v in zip(("mean", "low", "high"), estimate, strict=True)}

@@ -18,7 +18,6 @@ import torch
 
 Step = Callable[[], object]
 MEGABYTE = 2**20
-_T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def seconds_in_turn(
@@ -81,15 +80,6 @@ def peak_of_profile(profile: torch.profiler.profile) -> int:
         current += event.nbytes()
         peak = max(peak, current)
     return peak
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval by Student's t; of one value the interval is infinite."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return mean, float("-inf"), float("inf")
-    half = _T_975.get(len(values) - 1, 1.96) * statistics.stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from mim_ray.config import load_scenario
 from mim_ray.data.batches import ordered_batches
 from mim_ray.errors import ConfigError, DataError
 from mim_ray.pipeline.graph import pipeline
+from mim_ray.pipeline.reproduce.reproduce import reproduce
 from mim_ray.pipeline.run_all import full_pipeline, run_all
 from mim_ray.representation_center.snapshot import Snapshot
 
@@ -71,6 +72,26 @@ def test_the_page_is_self_contained_and_shows_pictures_and_plots(run: tuple[Path
     references = re.findall(r'(?:src|href)="([^"]{0,40})', text)
     assert all(reference.startswith(("data:", "#")) for reference in references)
     assert "<script" not in text
+
+
+def test_the_papers_tables_reuse_the_run_and_go_on(run: tuple[Path, dict[str, Any]]) -> None:
+    root, _ = run
+    scenario = load_scenario("tiny", [f"run.root={root}", *SMALL])
+    pages = reproduce(scenario, tables=[1, 7], figures=[6], num_seeds=1)
+    table_1 = {row[0]: row[1] for row in pages.tables[0].rows}
+    evaluation = json.loads((root / "evaluation" / "evaluation.json").read_text())
+    assert int(table_1["data (impressions)"].replace(",", "")) > evaluation["num_rows"]
+    assert 0 < int(table_1["users"].replace(",", "")) <= 700
+    assert [table.title for table in pages.tables[1:]] == ["Table 7: gains by category", "Figure 6: gains by item age"]
+    assert len(pages.tables[2].rows) == 10
+    default = root / "reproduce" / "seed-0" / "default"
+    assert (default / "evaluation" / "evaluation.json").is_file()
+    assert not (default / "csft").exists()  # read in the run itself
+    assert "closed ratio" in " ".join(pages.remarks).lower()
+    before = (default / "evaluation" / "evaluation.json").stat().st_mtime_ns
+    reproduce(scenario, tables=[7], figures=[], num_seeds=1)
+    assert (default / "evaluation" / "evaluation.json").stat().st_mtime_ns == before
+    assert "<svg" in (root / "reproduce" / "tables.html").read_text()
 
 
 def test_every_test_row_has_a_prediction_of_every_model(run: tuple[Path, dict[str, Any]]) -> None:

@@ -82,6 +82,20 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> st
     return _svg(figure)
 
 
+def scatter(points: Sequence[tuple[str, float, float]], x_label: str, y_label: str) -> str:
+    """Points of named groups: (group, x, y)."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.6))
+    names = list(dict.fromkeys(name for name, _, _ in points))
+    colors = plt.get_cmap("tab20")
+    for number, name in enumerate(names):
+        chosen = [(x, y) for group, x, y in points if group == name]
+        axis.plot([x for x, _ in chosen], [y for _, y in chosen], "o", color=colors(number % 20), label=name)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    _legend_once(axis)
+    return _svg(figure)
+
+
 def _legend_once(axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=False))
