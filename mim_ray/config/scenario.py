@@ -403,6 +403,8 @@ class Ciubm(Workers):
     num_epochs: Positive = 1
     learning_rate: PositiveFloat = 5e-3
     """Adam (paper: 0.005)."""
+    table_optimizer: Literal["adam", "rowwise_adagrad"] = "adam"
+    """Of the ID tables: lazy Adam or row-wise Adagrad (one accumulator per row)."""
     seeds: tuple[int, ...] = (0,)
     """One model per seed; reports give the mean."""
 
