@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from mim_ray.ciubm.model import EmbeddedBatch
-from mim_ray.ciubm.tables import IdTables
+from mim_ray.ciubm.tables import Tables
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 from mim_ray.representation_center.snapshot import Snapshot
 
@@ -116,17 +116,20 @@ class ImpressionEncoder:
         return rows[np.asarray(met.indices.fill_null(len(rows) - 1))]
 
 
-def gather_batch(batch: IndexedBatch, tables: IdTables, *, train: bool = False) -> EmbeddedBatch:
+def gather_batch(batch: IndexedBatch, tables: Tables, *, train: bool = False) -> EmbeddedBatch:
     """Look the batch's ID embeddings up and hand them out to targets and behaviors."""
-    parts = [tables["item"].embed(batch.item_row, train=train), tables["category"].embed(batch.category, train=train)]
-    items = torch.cat(parts, dim=-1)  # (U, d)
+    rows = {"item": batch.item_row, "category": batch.category}
+    if "user" in tables:
+        rows["user"] = batch.user
+    embedded = tables.embed(rows, train=train)
+    items = torch.cat([embedded["item"], embedded["category"]], dim=-1)  # (U, d)
     of_target, of_behaviors = batch.category[batch.target], batch.category[batch.behaviors]
     return EmbeddedBatch(
         target=embedding(batch.target, items),
         behaviors=embedding(batch.behaviors, items),
         behavior_mask=batch.behavior_mask,
         same_category=(of_behaviors == of_target.unsqueeze(1)) & (of_target != 0).unsqueeze(1),
-        user=tables["user"].embed(batch.user, train=train) if "user" in tables else None,
+        user=embedded.get("user"),
         target_mm=None if batch.mm is None else embedding(batch.target, batch.mm),
         behavior_mm=None if batch.mm is None else embedding(batch.behaviors, batch.mm),
     )

@@ -1,7 +1,8 @@
-"""Content interest: paper Section 3.4, Eqs. 7-9, and the similarity histogram that may stand beside them.
+"""Content interest: paper Section 3.4, Eqs. 7-8, and what may stand beside them.
 
 Pure functions of embedded tensors. MM embeddings are frozen inputs. An item without content has the zero vector; its
-cosine to anything is 0, so it adds nothing to Eqs. 7 and 8 and is left out of the histogram.
+cosine to anything is 0, so it adds nothing to Eqs. 7 and 8. It is no evidence of unlikeness either: `comparable` says
+which behaviors can be compared, and only those enter the histogram and the summary.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 Norm = Literal["sum", "mean", "log"]
+_HALF_LIFE = 10.0
 
 
 def content_relevance(target: Tensor, behaviors: Tensor, behavior_mask: Tensor) -> Tensor:
@@ -25,63 +27,69 @@ def content_relevance(target: Tensor, behaviors: Tensor, behavior_mask: Tensor) 
     Returns:
         (B, L) cosine in [-1, 1]; 0 where masked, and where either item has no content (zero vector).
     """
-    target = torch.nn.functional.normalize(target, dim=-1)
+    return relevance_and_comparable(target, behaviors, behavior_mask)[0]
+
+
+def relevance_and_comparable(target: Tensor, behaviors: Tensor, behavior_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """content_relevance, and (B, L) True for real behaviors that have content, as has the target."""
     dots = torch.bmm(behaviors, target.unsqueeze(-1)).squeeze(-1)  # (B, L)
-    lengths = torch.linalg.vector_norm(behaviors, dim=-1).clamp_min(1e-12)
-    return (dots / lengths).masked_fill(~behavior_mask, 0.0)
+    target_length = torch.linalg.vector_norm(target, dim=-1, keepdim=True)  # (B, 1)
+    lengths = torch.linalg.vector_norm(behaviors, dim=-1)  # (B, L)
+    comparable = behavior_mask & (lengths > 0) & (target_length > 0)
+    return (dots / (lengths * target_length).clamp_min(1e-12)).masked_fill(~comparable, 0.0), comparable
 
 
-def content_interest(relevance: Tensor, behaviors: Tensor, behavior_mask: Tensor, norm: Norm = "sum") -> Tensor:
+def content_interest(relevance: Tensor, behaviors: Tensor, counted: Tensor, norm: Norm = "sum") -> Tensor:
     """Weigh the user's past content by its likeness to the target: h_B^MM of paper Eq. 7.
 
     Args:
         relevance: (B, L) from content_relevance.
         behaviors: (B, L, D) MM embeddings.
-        behavior_mask: (B, L) bool.
-        norm: "sum" as the paper writes it; "mean" divides by the number of behaviors, "log" by the logarithm of 1 + it.
+        counted: (B, L) bool, the behaviors that a norm counts: all real ones, or the comparable ones.
+        norm: "sum" as the paper writes it; "mean" divides by the number counted, "log" by the logarithm of 1 + it.
 
     Returns:
         (B, D); all zeros without behaviors.
 
     Departs from the paper: masking (the paper assumes that every user has l behaviors) and the choice of a norm.
     """
-    return _weighted_sum(relevance, behaviors, behavior_mask, norm)
+    return _weighted_sum(relevance, behaviors, counted, norm)
 
 
-def fusion_interest(relevance: Tensor, id_behaviors: Tensor, behavior_mask: Tensor, norm: Norm = "sum") -> Tensor:
+def fusion_interest(relevance: Tensor, id_behaviors: Tensor, counted: Tensor, norm: Norm = "sum") -> Tensor:
     """Weigh the user's past item IDs by the likeness of their content to the target's: h_B^Fusion of paper Eq. 8.
 
     Args:
         relevance: (B, L) from content_relevance.
         id_behaviors: (B, L, d) ID embeddings.
-        behavior_mask: (B, L) bool.
-        norm: as in content_interest.
+        counted, norm: as in content_interest.
 
     Returns:
         (B, d); all zeros without behaviors.
     """
-    return _weighted_sum(relevance, id_behaviors, behavior_mask, norm)
+    return _weighted_sum(relevance, id_behaviors, counted, norm)
 
 
-def similarity_histogram(relevance: Tensor, counted: Tensor, num_bins: int) -> Tensor:
+def similarity_histogram(relevance: Tensor, comparable: Tensor, num_bins: int) -> Tensor:
     """Count the behaviors in each range of likeness to the target (SimTier, of MUSE, arXiv 2512.07216).
 
     Weighted sums of vectors (Eqs. 7, 8) hide how many past items were how alike; these counts say it.
 
     Args:
         relevance: (B, L) cosine in [-1, 1].
-        counted: (B, L) bool, True for real behaviors that have content, as has the target.
+        comparable: (B, L) bool, True for real behaviors that have content, as has the target.
         num_bins: bin centres lie evenly over [-1, 1], the outer two on its ends.
 
     Returns:
         (B, num_bins) log(1 + count). A cosine between two centres is shared between their bins in proportion.
 
-    Departs from MUSE: shared counts instead of hard edges, so that a small change of a cosine changes little; pads and
-    items without content are not counted (in MUSE's code pads take part).
+    Departs from MUSE (22 bins of width 0.1, log(1 + count) times a learnt scalar per bin): 21 bins are the default, as
+    far apart; shared counts instead of hard edges, so that a small change of a cosine changes little; no scalar, which the
+    network's first layer has anyway; pads and items without content are not counted (in MUSE's code pads take part).
     """
     position = (relevance.clamp(-1.0, 1.0) + 1.0) * (0.5 * (num_bins - 1))  # in [0, num_bins - 1]
     lower = position.floor().clamp_max(num_bins - 2)
-    weight = counted.to(relevance.dtype)
+    weight = comparable.to(relevance.dtype)
     upper_share = (position - lower) * weight
     counts = relevance.new_zeros(relevance.shape[0], num_bins)
     index = lower.long()
@@ -90,9 +98,30 @@ def similarity_histogram(relevance: Tensor, counted: Tensor, num_bins: int) -> T
     return counts.log1p()
 
 
-def _weighted_sum(relevance: Tensor, vectors: Tensor, behavior_mask: Tensor, norm: Norm) -> Tensor:
+def similarity_summary(relevance: Tensor, comparable: Tensor) -> Tensor:
+    """The likeness of the history to the target in three numbers, the first being the model-free row of evaluations.
+
+    Args:
+        relevance: (B, L) cosine, oldest behavior first.
+        comparable: (B, L) bool.
+
+    Returns:
+        (B, 3): mean, largest and recency-weighted mean cosine of the comparable behaviors; a comparable behavior that is
+        ten of them older weighs half. Zeros without any.
+    """
+    weight = comparable.to(relevance.dtype)
+    count = weight.sum(dim=1)
+    mean = (relevance * weight).sum(dim=1) / count.clamp_min(1.0)
+    largest = relevance.masked_fill(~comparable, -2.0).amax(dim=1).masked_fill(count == 0, 0.0)
+    newer = count.unsqueeze(1) - weight.cumsum(dim=1)  # comparable behaviors that came later
+    decayed = weight * torch.exp2(-newer / _HALF_LIFE)
+    recent = (relevance * decayed).sum(dim=1) / decayed.sum(dim=1).clamp_min(1e-6)
+    return torch.stack([mean, largest, recent], dim=1)
+
+
+def _weighted_sum(relevance: Tensor, vectors: Tensor, counted: Tensor, norm: Norm) -> Tensor:
     total = torch.bmm(relevance.unsqueeze(1), vectors).squeeze(1)  # (B, D)
     if norm == "sum":
         return total
-    count = behavior_mask.sum(dim=1, keepdim=True).to(total.dtype)
+    count = counted.sum(dim=1, keepdim=True).to(total.dtype)
     return total / (count.clamp_min(1.0) if norm == "mean" else (1.0 + count).log().clamp_min(1e-6))

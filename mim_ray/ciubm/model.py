@@ -1,4 +1,4 @@
-"""CiUBM (paper Section 3.4): content interest around a user behavior model, and the deep CTR network behind it.
+"""The deep CTR network behind CiUBM (paper Section 3.4, Eq. 9).
 
 The network takes embedded tensors, not ids: tables are on one side, computation on the other (paper Section 3.5, CMD).
 Plain PyTorch; the same module trains, evaluates and serves. With `content_width` None it is the base model: no content
@@ -9,28 +9,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
-from mim_ray.ciubm.backbones import Side, build_backbone
-from mim_ray.ciubm.interest import Norm, content_interest, content_relevance, fusion_interest, similarity_histogram
+from mim_ray.ciubm.backbones import BackboneSettings, build_backbone
+from mim_ray.ciubm.batch import EmbeddedBatch
+from mim_ray.ciubm.interest import Norm
+from mim_ray.ciubm.wrapper import CiUBM, ContentOptions
 
-
-class EmbeddedBatch(NamedTuple):
-    """What the network sees. L may differ from batch to batch."""
-
-    target: Tensor  # (B, d) ID embedding of the target: item and category
-    behaviors: Tensor  # (B, L, d), oldest first, padded on the right
-    behavior_mask: Tensor  # (B, L) bool
-    same_category: Tensor  # (B, L) bool: of the target's category
-    user: Tensor | None = None  # (B, u)
-    target_mm: Tensor | None = None  # (B, D), zero where there is no content
-    behavior_mm: Tensor | None = None  # (B, L, D)
-    behavior_age_s: Tensor | None = None  # (B, L) seconds from the behavior to the impression, 0 or more
-    context: Tensor | None = None  # (B, c) the row's other features, embedded and normalised
-    query_mm: Tensor | None = None  # (B, D) the query in the space of the MM embeddings, zero where there is none
+__all__ = ["CtrNetwork", "EmbeddedBatch", "NetworkConfig"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,10 @@ class NetworkConfig:
     Attributes:
         id_width: d, width of an item's ID embedding (item and category).
         user_width: u, 0 without a user embedding.
-        content_width: D, None for the base model.
+        content_width: D, None for the base model, which ignores all that needs content.
+        context_width, query_width: c and D of the row's other features and of its query; 0 without them. Base and +MIM
+            are fed both alike.
+        auxiliary_weight: of the backbone's auxiliary loss beside the main one.
     """
 
     backbone: str
@@ -57,38 +50,39 @@ class NetworkConfig:
     dropout: float = 0.0
     num_searched: int = 20
     num_short: int = 10
+    sim_search: Literal["hard", "soft"] = "hard"
+    sim_short: Literal["din", "dien"] = "din"
+    time_gaps: bool = False
+    cross_width: int = 0
+    auxiliary_weight: float = 1.0
+    similarity_summary: bool = False
+    content_attention: bool = False
+    missing_content: bool = False
+    query_interest: bool = False
+    context_width: int = 0
+    query_width: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> NetworkConfig:
+        """Of what `to_json` gave, now or by an earlier version: what is not named has its default."""
         return cls(**{**values, "hidden": tuple(values["hidden"])})
 
 
 class CtrNetwork(nn.Module):
-    """h_B = Concat(h_B^ID, h_B^MM, h_B^Fusion) (Eq. 9) with the other features -> logit of a click.
+    """h_B (Eq. 9) with the other features -> logit of a click.
 
-    Other features, equal for base and +MIM: the target's ID embedding, the logarithm of 1 + the number of behaviors, and
-    the user's embedding.
+    Other features, equal for base and +MIM: the target's ID embedding, the logarithm of 1 + the number of behaviors, the
+    user's embedding, the row's context and its query.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = (
-            build_backbone(
-                config.backbone, config.id_width, num_searched=config.num_searched, num_short=config.num_short
-            )
-            if config.id_module
-            else None
-        )
-        width = config.id_width + config.user_width + 1
-        if self.backbone is not None:
-            width += int(self.backbone.width)  # type: ignore[arg-type]
-        if config.content_width is not None:
-            width += config.content_width * (config.content_module + config.target_content)
-            width += config.id_width * config.fusion_module + config.num_histogram_bins
+        self.ciubm = build_ciubm(config)
+        width = self.ciubm.width + config.id_width + 1 + config.user_width + config.context_width + config.query_width
         layers: list[nn.Module] = []
         for hidden in config.hidden:
             layers += [nn.Linear(width, hidden), nn.ReLU()]
@@ -96,10 +90,20 @@ class CtrNetwork(nn.Module):
                 layers.append(nn.Dropout(config.dropout))
             width = hidden
         self.network = nn.Sequential(*layers, nn.Linear(width, 1))
+        self.register_load_state_dict_pre_hook(_earlier_names)
 
     def forward(self, batch: EmbeddedBatch) -> Tensor:
         """Logits (B,)."""
-        return self.network(torch.cat(self.features(batch), dim=-1)).squeeze(-1)
+        return self._logits(self.features(batch))
+
+    def loss(self, batch: EmbeddedBatch, label: Tensor) -> tuple[Tensor, Tensor]:
+        """The training loss, a scalar, and the logits (B,).
+
+        Binary cross-entropy with `label` (B,), 0 or 1, plus `auxiliary_weight` times the backbone's auxiliary loss.
+        """
+        parts, auxiliary = self.ciubm.parts_and_loss(batch, label)
+        logits = self._logits([*parts, *self._other(batch)])
+        return binary_cross_entropy_with_logits(logits, label) + self.config.auxiliary_weight * auxiliary, logits
 
     def start_at(self, positive_ratio: float) -> None:
         """Set the last bias to the log-odds of a click over all of train, so that training need not find it."""
@@ -109,31 +113,59 @@ class CtrNetwork(nn.Module):
 
     def features(self, batch: EmbeddedBatch) -> list[Tensor]:
         """Input of the deep network, in the order of Eq. 9, then the other features."""
-        parts: list[Tensor] = []
-        if self.backbone is not None:
-            side = Side(batch.same_category, batch.behavior_age_s)
-            parts.append(self.backbone(batch.target, batch.behaviors, batch.behavior_mask, side))
-        if self.config.content_width is not None:
-            parts += self._content(batch)
+        return [*self.ciubm.parts(batch), *self._other(batch)]
+
+    def _logits(self, parts: list[Tensor]) -> Tensor:
+        return self.network(torch.cat(parts, dim=-1)).squeeze(-1)
+
+    def _other(self, batch: EmbeddedBatch) -> list[Tensor]:
         count = batch.behavior_mask.sum(dim=1, keepdim=True).to(batch.target.dtype)
-        parts += [batch.target, count.log1p()]
-        if batch.user is not None:
-            parts.append(batch.user)
+        parts = [batch.target, count.log1p()]
+        for name, width, values in (
+            ("user", self.config.user_width, batch.user),
+            ("context", self.config.context_width, batch.context),
+            ("query_mm", self.config.query_width, batch.query_mm),
+        ):
+            if width == 0:
+                continue
+            if values is None:
+                raise ValueError(f"This network was built for {name} of width {width}: the batch needs it.")
+            parts.append(values)
         return parts
 
-    def _content(self, batch: EmbeddedBatch) -> list[Tensor]:
-        config, mask = self.config, batch.behavior_mask
-        if batch.target_mm is None or batch.behavior_mm is None:
-            raise ValueError("This network uses content: the batch needs target_mm and behavior_mm.")
-        relevance = content_relevance(batch.target_mm, batch.behavior_mm, mask)
-        parts: list[Tensor] = []
-        if config.content_module:
-            parts.append(content_interest(relevance, batch.behavior_mm, mask, config.content_norm))
-        if config.fusion_module:
-            parts.append(fusion_interest(relevance, batch.behaviors, mask, config.content_norm))
-        if config.num_histogram_bins > 0:
-            has_content = (batch.behavior_mm != 0).any(dim=-1) & (batch.target_mm != 0).any(dim=-1, keepdim=True)
-            parts.append(similarity_histogram(relevance, mask & has_content, config.num_histogram_bins))
-        if config.target_content:
-            parts.append(batch.target_mm)
-        return parts
+
+def _earlier_names(_: nn.Module, weights: dict[str, Tensor], *__: object) -> None:
+    """Weights written before the backbone stood inside CiUBM."""
+    for name in [name for name in weights if name.startswith("backbone.")]:
+        weights[f"ciubm.{name}"] = weights.pop(name)
+
+
+def build_ciubm(config: NetworkConfig) -> CiUBM:
+    """The user behavior model that `config` names, with content around it."""
+    content_attention = config.content_attention and config.content_width is not None
+    settings = BackboneSettings(
+        num_searched=config.num_searched,
+        num_short=config.num_short,
+        sim_search=config.sim_search,
+        sim_short=config.sim_short,
+        time_gaps=config.time_gaps,
+        cross_width=config.cross_width,
+        content=content_attention,
+    )
+    return CiUBM(
+        build_backbone(config.backbone, config.id_width, settings),
+        config.id_width,
+        config.content_width,
+        id_module=config.id_module,
+        content_module=config.content_module,
+        fusion_module=config.fusion_module,
+        content_attention=content_attention,
+        options=ContentOptions(
+            norm=config.content_norm,
+            num_histogram_bins=config.num_histogram_bins,
+            summary=config.similarity_summary,
+            target_content=config.target_content,
+            missing_content=config.missing_content,
+            query_interest=config.query_interest,
+        ),
+    )

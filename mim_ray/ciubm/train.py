@@ -130,11 +130,18 @@ def network_config(settings: Ciubm, backbone: str, content_width: int | None) ->
         fusion_module=settings.fusion_module,
         num_histogram_bins=21 if settings.similarity_histogram else 0,
         target_content=settings.target_content,
+        similarity_summary=settings.similarity_summary,
         content_norm=settings.content_norm,
+        content_attention=settings.content_attention,
+        missing_content=settings.missing_content,
+        query_interest=settings.query_interest,
         hidden=settings.hidden,
         dropout=settings.dropout,
         num_searched=settings.num_searched,
         num_short=settings.num_short,
+        sim_search=settings.sim_search,
+        sim_short=settings.sim_short,
+        auxiliary_weight=settings.auxiliary_weight,
     )
 
 

@@ -30,6 +30,15 @@ Variant = Literal[
     "din-base",
     "din-mim",
     "din-style",
+    "dien-base",
+    "dien-mim",
+    "dien-style",
+    "bst-base",
+    "bst-mim",
+    "bst-style",
+    "twin-base",
+    "twin-mim",
+    "twin-style",
     "average-base",
     "average-mim",
     "average-style",
@@ -381,8 +390,16 @@ class Ciubm(Workers):
     """Beside Eq. 9: a histogram of the behaviors' cosines to the target (SimTier, MUSE). False: the strict paper form."""
     target_content: bool = False
     """Feed the target's own MM vector (an ablation; the paper does not)."""
+    similarity_summary: bool = False
+    """Beside Eq. 9: mean, largest and recency-weighted mean cosine of the behaviors to the target."""
     content_norm: Literal["sum", "mean", "log"] = "sum"
     """Eqs. 7-8 as written (sum), divided by the number of behaviors, or by the logarithm of it."""
+    content_attention: bool = False
+    """SA-TA (MUSE): the attention of DIN, SIM and TWIN is told of the cosines to the target."""
+    missing_content: bool = False
+    """Tell items without content from unlike ones: content_norm counts the others only, and two inputs say what is missing."""
+    query_interest: bool = False
+    """Search: Eq. 7 with the query in the target's place, and the query's cosines. Needs samples with queries."""
     id_dim: Positive = 16
     """Width of each ID embedding."""
     hidden: tuple[Positive, ...] = (128, 64)
@@ -391,9 +408,15 @@ class Ciubm(Workers):
     max_behaviors: Positive = 50
     """Newest behaviors used, at most samples.max_behaviors."""
     num_searched: Positive = 20
-    """SIM: behaviors of the target's category that the general search unit keeps."""
+    """SIM and TWIN: behaviors that the search keeps, of TWIN for each head."""
     num_short: Positive = 10
     """SIM: newest behaviors of the short-term part."""
+    sim_search: Literal["hard", "soft"] = "hard"
+    """SIM: behaviors of the target's category, newest first, or the learnt search with a loss of its own."""
+    sim_short: Literal["din", "dien"] = "din"
+    """SIM: model of the short-term part (paper: DIEN)."""
+    auxiliary_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """DIEN and SIM's soft search: weight of their own loss (papers: 1)."""
     use_user_id: bool = True
     """An embedding per known user."""
     min_item_count: Positive = 1
@@ -405,6 +428,8 @@ class Ciubm(Workers):
     num_epochs: Positive = 1
     learning_rate: PositiveFloat = 5e-3
     """Adam (paper: 0.005)."""
+    table_optimizer: Literal["adam", "rowwise_adagrad"] = "adam"
+    """Of the ID tables: lazy Adam or row-wise Adagrad (one accumulator per row)."""
     seeds: tuple[int, ...] = (0,)
     """One model per seed; reports give the mean."""
 

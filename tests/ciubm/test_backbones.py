@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from mim_ray.ciubm.backbones import NAMES, Side, build_backbone
+from mim_ray.ciubm.backbones import NAMES, BackboneSettings, Side, build_backbone
+from mim_ray.ciubm.backbones.attention import TargetAttention, newest, take
 from mim_ray.ciubm.backbones.din import Din
-from mim_ray.ciubm.backbones.sim import TargetAttention, newest
 
 B, L, D = 4, 6, 8
 
@@ -26,7 +26,7 @@ def case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.fixture(params=NAMES)
 def backbone(request: pytest.FixtureRequest) -> torch.nn.Module:
     torch.manual_seed(2)
-    return build_backbone(request.param, D, num_searched=2, num_short=3)
+    return build_backbone(request.param, D, BackboneSettings(num_searched=2, num_short=3))
 
 
 def test_padding_never_shows(backbone: torch.nn.Module, case: tuple[torch.Tensor, ...]) -> None:
@@ -50,7 +50,7 @@ def test_no_behaviors_no_interest(backbone: torch.nn.Module, case: tuple[torch.T
 @pytest.mark.parametrize("name", ["average", "din"])
 def test_order_of_behaviors_does_not_matter(name: str, case: tuple[torch.Tensor, ...]) -> None:
     target, behaviors, mask, same = case
-    model = build_backbone(name, D, num_searched=2, num_short=3)
+    model = build_backbone(name, D, BackboneSettings())
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     shuffled = model(target, behaviors[:, order], mask[:, order], Side(same[:, order]))
     assert torch.allclose(model(target, behaviors, mask, Side(same)), shuffled, atol=1e-5)
@@ -58,7 +58,7 @@ def test_order_of_behaviors_does_not_matter(name: str, case: tuple[torch.Tensor,
 
 def test_average_is_the_mean_of_real_behaviors(case: tuple[torch.Tensor, ...]) -> None:
     target, behaviors, mask, same = case
-    result = build_backbone("average", D, num_searched=1, num_short=1)(target, behaviors, mask, Side(same))
+    result = build_backbone("average", D, BackboneSettings())(target, behaviors, mask, Side(same))
     assert torch.allclose(result[1], behaviors[1, :3].mean(dim=0), atol=1e-6)
 
 
@@ -98,22 +98,23 @@ def test_search_keeps_the_newest_of_the_category_and_no_pad() -> None:
     behaviors = torch.arange(1.0, 7.0).view(1, 6, 1)
     mask = torch.tensor([[True, True, True, True, False, False]])
     same = torch.tensor([[True, False, True, True, True, True]])
-    found, real = newest(behaviors, mask & same, 2)
+    index, real = newest(mask & same, 2)
+    found = take(behaviors, index)
     assert found[0, :, 0].tolist() == [4.0, 3.0]
     assert real.tolist() == [[True, True]]
-    found, real = newest(behaviors, mask & same, 5)
+    index, real = newest(mask & same, 5)
+    found = take(behaviors, index)
     assert found[0, :, 0][real[0]].tolist() == [4.0, 3.0, 1.0]
     assert real[0].sum() == 3
 
 
 def test_a_valid_behavior_never_loses_to_padding() -> None:
     """A valid item with a negative score once lost to padding's 0 in public code; here pads score -inf."""
-    behaviors = -torch.ones(1, 6, D)
     mask = torch.tensor([[True, True, True, False, False, False]])
-    _, real = newest(behaviors, mask, 3)
+    _, real = newest(mask, 3)
     assert real.all()
 
 
 def test_unknown_backbone_is_named() -> None:
-    with pytest.raises(ValueError, match="'dien' is no backbone"):
-        build_backbone("dien", D, num_searched=1, num_short=1)
+    with pytest.raises(ValueError, match="'gru4rec' is no backbone"):
+        build_backbone("gru4rec", D, BackboneSettings())

@@ -1,41 +1,50 @@
 """DIN (Zhou et al., KDD 2018): attention of the target to each behavior by a small network.
 
 Choices where the authors leave one: the activation unit sees [t, h, t - h, t * h] and has one hidden layer of 36 (the
-paper's figure) with PReLU; scores are not normalised (the authors' choice: a strong interest gives a large vector).
-PReLU instead of Dice, because Dice's batch statistics would see padded rows.
+paper's figure) with PReLU, one slope for all units; scores are not normalised (the authors' choice: a strong interest
+gives a large vector). PReLU instead of Dice, because Dice's batch statistics would see padded rows.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from mim_ray.ciubm.backbones.attention import ContentAttention
 from mim_ray.ciubm.backbones.face import Side
 
 
 class Din(nn.Module):
     """h_B^ID = Σ_i a(t, h_i) h_i with a learnt a (Eq. 1)."""
 
-    def __init__(self, id_width: int, hidden: int = 36) -> None:
+    def __init__(self, id_width: int, hidden: int = 36, *, content: bool = False) -> None:
         super().__init__()
         self.width = id_width
         self.first = nn.Linear(4 * id_width, hidden)
         self.activation = nn.PReLU()
         self.second = nn.Linear(hidden, 1)
+        self.content = ContentAttention(num_heads=1) if content else None
 
     def forward(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
         """(B, d) target and (B, L, d) behaviors -> (B, d); zeros without behaviors."""
-        scores = self.relevance(target, behaviors).masked_fill(~behavior_mask, 0.0)
-        return torch.bmm(scores.unsqueeze(1), behaviors).squeeze(1)
+        scores = self.relevance(target, behaviors).unsqueeze(1)  # (B, 1, L)
+        if self.content is not None:
+            scores = self.content(scores, side.content)
+        scores = scores.masked_fill(~behavior_mask.unsqueeze(1), 0.0)
+        return torch.bmm(scores, behaviors).squeeze(1)
 
     def relevance(self, target: Tensor, behaviors: Tensor) -> Tensor:
         """(B, L) attention scores before masking.
 
         The first layer on [t, h, t - h, t * h] factors: (W1 + W3) t is computed once per target, and
-        (W2 - W3) h + W4 (t * h) is one matrix per target applied to its behaviors.
+        (W2 - W3) h + W4 (t * h) is one matrix per target applied to its behaviors. PReLU with slope s is
+        s x + (1 - s) relu(x), of which the second layer takes the parts: torch's own PReLU is several times slower.
         """
         of_target, of_behavior, of_difference, of_product = self.first.weight.chunk(4, dim=1)  # (hidden, d) each
-        constant = torch.nn.functional.linear(target, of_target + of_difference, self.first.bias)  # (B, hidden)
+        constant = linear(target, of_target + of_difference, self.first.bias)  # (B, hidden)
         per_target = (of_behavior - of_difference) + target.unsqueeze(1) * of_product  # (B, hidden, d)
         hidden = torch.baddbmm(constant.unsqueeze(1), behaviors, per_target.transpose(1, 2))  # (B, L, hidden)
-        return self.second(self.activation(hidden)).squeeze(-1)
+        slope, weight = self.activation.weight, self.second.weight
+        scores = linear(hidden, slope * weight) + linear(hidden.relu(), (1.0 - slope) * weight, self.second.bias)
+        return scores.squeeze(-1)

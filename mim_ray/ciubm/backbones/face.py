@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -14,11 +14,14 @@ class Side(NamedTuple):
         same_category: (B, L) bool, True where a behavior is of the target's category.
         age_s: (B, L) seconds from the behavior to the impression, 0 or more; None when the log has no times.
         cross: (B, L, c) embedded features of a user's doing with an item (TWIN's cross features); None without any.
+        content: (B, L) cosine of the behavior's MM embedding to the target's, 0 where one of them has none (Eq. 7);
+            None where the attention is not told of content.
     """
 
     same_category: Tensor
     age_s: Tensor | None = None
     cross: Tensor | None = None
+    content: Tensor | None = None
 
 
 class Backbone(nn.Module):
@@ -36,3 +39,14 @@ class Backbone(nn.Module):
         Behaviors are oldest first and padded on the right.
         """
         raise NotImplementedError
+
+
+@runtime_checkable
+class WithAuxiliaryLoss(Protocol):
+    """A backbone that trains with one more loss has this method beside `forward`."""
+
+    def interest_and_loss(
+        self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side, label: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The interest (B, width) as forward gives it, and the auxiliary loss, a scalar; `label` is (B,), 0 or 1."""
+        ...

@@ -1,0 +1,113 @@
+"""Target attention and what the searching models share: how to take behaviors out, and where pads go.
+
+One query per row (the target), so neither keys nor values of single behaviors are ever computed: the key projection is
+moved to the query (q K^T = (q W_k) h^T) and the value projection behind the weighted sum (Σ a (W_v h) = W_v Σ a h).
+Both are exact, and cost per behavior falls from d^2 to d times the number of heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class TargetAttention(nn.Module):
+    """Multi-head attention with the target as the only query.
+
+    Args:
+        width: d of the target and of the answer.
+        num_heads: wanted; the largest number up to it that divides d is taken.
+        key_width, value_width: e and v, how much of each behavior is key and value; default d.
+        content: the scores are told of content (ContentAttention).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        key_width: int | None = None,
+        value_width: int | None = None,
+        content: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads = next(heads for heads in range(num_heads, 0, -1) if width % heads == 0)
+        self.of_target = nn.Linear(width, width, bias=False)
+        self.of_key = nn.Linear(width if key_width is None else key_width, width, bias=False)
+        self.of_value = nn.Linear(width if value_width is None else value_width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        self.content = ContentAttention(self.num_heads) if content else None
+
+    def forward(
+        self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, content: Tensor | None = None
+    ) -> Tensor:
+        """(B, d), (B, K, e), (B, K) bool and the cosines (B, K) -> (B, d); zeros where no behavior is real."""
+        scores = torch.bmm(self.query(target), behaviors.transpose(1, 2))  # (B, H, K)
+        if self.content is not None:
+            scores = self.content(scores, content)
+        return self.joined(torch.bmm(masked_softmax(scores, behavior_mask.unsqueeze(1)), behaviors))
+
+    def query(self, target: Tensor) -> Tensor:
+        """(B, H, e): its inner product with a behavior is the scaled one of the head's query and key."""
+        size = target.shape[1] // self.num_heads
+        query = self.of_target(target).view(len(target), self.num_heads, size).transpose(0, 1)  # (H, B, d / H)
+        return torch.bmm(query, self.of_key.weight.view(self.num_heads, size, -1)).transpose(0, 1) / math.sqrt(size)
+
+    def joined(self, mixed: Tensor) -> Tensor:
+        """Each head's weighted sum of behaviors (B, H, v) -> (B, d): values, heads joined, output projection."""
+        value_weight = self.of_value.weight.view(self.num_heads, -1, mixed.shape[2])  # (H, d / H, v)
+        heads = torch.bmm(mixed.transpose(0, 1), value_weight.transpose(1, 2))  # (H, B, d / H)
+        return self.output(heads.transpose(0, 1).reshape(len(mixed), -1))
+
+
+class ContentAttention(nn.Module):
+    """SA-TA (MUSE, arXiv 2512.07216): the score hears what content says, b1 s + b2 c / τ + b3 s c / τ, per head.
+
+    b1, b2, b3 start at 1 and τ at 0.1, all learnt. Departs from MUSE's code: no SiLU on query, key and value, so that with
+    b2 = b3 = 0 it is the plain model; pads take no part.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.ones(3, num_heads, 1))
+        self.temperature = nn.Parameter(torch.full((num_heads, 1), 0.1))
+
+    def forward(self, scores: Tensor, content: Tensor | None) -> Tensor:
+        """(B, H, K) scores, and cosines (B, K) or, where each head found its own, (B, H, K) -> (B, H, K)."""
+        if content is None:
+            raise ValueError("This attention uses content: Side.content must hold the cosines of Eq. 7.")
+        cosine = (content if content.dim() == 3 else content.unsqueeze(1)) / self.temperature
+        own, of_content, both = self.mix
+        return own * scores + (of_content + both * scores) * cosine
+
+
+def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the last dimension where `mask`; 0 elsewhere, and all zeros where nothing is real."""
+    lowest = torch.finfo(scores.dtype).min
+    return torch.softmax(scores.masked_fill(~mask, lowest), dim=-1).masked_fill(~mask, 0.0)
+
+
+def best(scores: Tensor, wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Indices (…, K) of the highest scores (…, L) among the wanted, best first, and True (…, K) where one was found.
+
+    K = min(count, L). What is not wanted, padding above all, scores -inf: no real behavior, whatever its score, can lose
+    to it.
+    """
+    kept, index = torch.where(wanted, scores, -math.inf).topk(min(count, scores.shape[-1]), dim=-1)
+    return index, kept > -math.inf
+
+
+def newest(wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As `best`, the last `count` wanted behaviors of each row, newest first."""
+    position = torch.arange(wanted.shape[-1], dtype=torch.float32, device=wanted.device)
+    return best(position.expand(wanted.shape), wanted, count)
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, …) of each row's own (B, L, e) or (B, L) -> (B, …, e) or (B, …)."""
+    size, length = values.shape[:2]
+    first = torch.arange(size, device=index.device).view(-1, *[1] * (index.dim() - 1)) * length
+    taken = values.reshape(size * length, *values.shape[2:]).index_select(0, (index + first).flatten())
+    return taken.view(*index.shape, *values.shape[2:])

@@ -1,0 +1,162 @@
+"""CiUBM (paper Section 3.4, Eqs. 7-9): content interest around any user behavior model.
+
+    ciubm = CiUBM(MyModel(), id_width=32, content_width=128)
+    h_B = ciubm(batch)  # (B, ciubm.width)
+
+`MyModel` is any nn.Module with the face of mim_ray.ciubm.backbones.face. Without `content_width` no content reaches the
+answer: that is the base model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mim_ray.ciubm.backbones import Side, WithAuxiliaryLoss
+from mim_ray.ciubm.batch import EmbeddedBatch
+from mim_ray.ciubm.interest import (
+    Norm,
+    content_interest,
+    fusion_interest,
+    relevance_and_comparable,
+    similarity_histogram,
+    similarity_summary,
+)
+
+
+@dataclass(frozen=True)
+class ContentOptions:
+    """What may differ from the strict form of Eqs. 7-9, all off. They need `content_width`.
+
+    Attributes:
+        norm: of the sums of Eqs. 7 and 8.
+        num_histogram_bins: of similarity_histogram (SimTier); 0 for none.
+        summary: similarity_summary.
+        target_content: the target's own MM vector.
+        missing_content: items without content are told from unlike ones: a norm counts the comparable behaviors only, and
+            two inputs say whether the target has content and which share of the behaviors has. (A learnt vector in the
+            place of a missing one adds nothing to them: the next layer's weights of the first input are that vector.)
+        query_interest: for search: the behaviors' content weighed by its cosine to the query (Eq. 7 with the query in the
+            target's place), the query's cosine to the target, and its similarity_summary with the behaviors.
+    """
+
+    norm: Norm = "sum"
+    num_histogram_bins: int = 0
+    summary: bool = False
+    target_content: bool = False
+    missing_content: bool = False
+    query_interest: bool = False
+
+
+class CiUBM(nn.Module):
+    """h_B = Concat(h_B^ID, h_B^MM, h_B^Fusion) (Eq. 9), then what the options add.
+
+    Args:
+        backbone: the user behavior model; its `width` says how wide its interest is.
+        id_width: d. content_width: D of the MM embeddings, None for no content at all.
+        id_module, content_module, fusion_module: the three parts (Table 5).
+        content_attention: hand the cosines of Eq. 7 to the backbone in Side.content (a backbone that uses them: SA-TA).
+
+    Attributes:
+        width: of h_B.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        id_width: int,
+        content_width: int | None,
+        *,
+        id_module: bool = True,
+        content_module: bool = True,
+        fusion_module: bool = True,
+        content_attention: bool = False,
+        options: ContentOptions | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone if id_module else None
+        self.has_content, self.content_attention = content_width is not None, content_attention
+        self.content_module, self.fusion_module = content_module, fusion_module
+        self.options = options or ContentOptions()
+        self.width = int(backbone.width) if id_module else 0  # type: ignore[arg-type]
+        if content_width is not None:
+            chosen = self.options
+            self.width += content_width * (content_module + chosen.target_content + chosen.query_interest)
+            self.width += id_width * fusion_module + chosen.num_histogram_bins + 3 * chosen.summary
+            self.width += 2 * chosen.missing_content + 4 * chosen.query_interest
+
+    def forward(self, batch: EmbeddedBatch) -> Tensor:
+        """h_B (B, width)."""
+        return torch.cat(self.parts(batch), dim=-1)
+
+    def parts(self, batch: EmbeddedBatch) -> list[Tensor]:
+        """h_B before it is concatenated, in the order of Eq. 9 and of ContentOptions."""
+        return self._parts(batch, None)[0]
+
+    def parts_and_loss(self, batch: EmbeddedBatch, label: Tensor) -> tuple[list[Tensor], Tensor]:
+        """`parts`, and the backbone's auxiliary loss, a scalar; 0 for a backbone without one."""
+        return self._parts(batch, label)
+
+    def _parts(self, batch: EmbeddedBatch, label: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        content: list[Tensor] = []
+        relevance = None
+        if self.has_content:
+            relevance, content = self._content(batch)
+        loss = batch.target.new_zeros(())
+        if self.backbone is None:
+            return content, loss
+        side = Side(
+            batch.same_category,
+            batch.behavior_age_s,
+            batch.behavior_cross,
+            relevance if self.content_attention else None,
+        )
+        inputs = batch.target, batch.behaviors, batch.behavior_mask, side
+        if label is not None and isinstance(self.backbone, WithAuxiliaryLoss):
+            interest, loss = self.backbone.interest_and_loss(*inputs, label)
+        else:
+            interest = self.backbone(*inputs)
+        return [interest, *content], loss
+
+    def _content(self, batch: EmbeddedBatch) -> tuple[Tensor, list[Tensor]]:
+        """The cosines of Eq. 7, and what follows h_B^ID in h_B."""
+        chosen, mask, target, behaviors = self.options, batch.behavior_mask, batch.target_mm, batch.behavior_mm
+        if target is None or behaviors is None:
+            raise ValueError("This network uses content: the batch needs target_mm and behavior_mm.")
+        relevance, comparable = relevance_and_comparable(target, behaviors, mask)
+        counted = comparable if chosen.missing_content else mask
+        parts: list[Tensor] = []
+        if self.content_module:
+            parts.append(content_interest(relevance, behaviors, counted, chosen.norm))
+        if self.fusion_module:
+            parts.append(fusion_interest(relevance, batch.behaviors, counted, chosen.norm))
+        if chosen.num_histogram_bins > 0:
+            parts.append(similarity_histogram(relevance, comparable, chosen.num_histogram_bins))
+        if chosen.summary:
+            parts.append(similarity_summary(relevance, comparable))
+        if chosen.target_content:
+            parts.append(target)
+        if chosen.missing_content:
+            parts += _presence(target, behaviors, mask)
+        if chosen.query_interest:
+            parts += self._query_interest(batch.query_mm, target, behaviors, mask)
+        return relevance, parts
+
+    def _query_interest(self, query: Tensor | None, target: Tensor, behaviors: Tensor, mask: Tensor) -> list[Tensor]:
+        if query is None:
+            raise ValueError("This network uses the query's content: the batch needs query_mm.")
+        relevance, comparable = relevance_and_comparable(query, behaviors, mask)
+        to_target = relevance_and_comparable(query, target.unsqueeze(1), torch.ones_like(mask[:, :1]))[0]  # (B, 1)
+        counted = comparable if self.options.missing_content else mask
+        interest = content_interest(relevance, behaviors, counted, self.options.norm)
+        return [interest, to_target, similarity_summary(relevance, comparable)]
+
+
+def _presence(target: Tensor, behaviors: Tensor, mask: Tensor) -> list[Tensor]:
+    """1 where the target has content (B, 1), and the share of real behaviors that has (B, 1), 0 without behaviors."""
+    of_target = (target != 0).any(dim=-1, keepdim=True)
+    of_behaviors = (torch.linalg.vector_norm(behaviors, dim=-1) > 0) & mask
+    share = of_behaviors.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp_min(1)
+    return [of_target.to(target.dtype), share.to(target.dtype)]
