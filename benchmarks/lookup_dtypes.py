@@ -119,12 +119,13 @@ def _searches(root: str, snapshot: Snapshot) -> tuple[torch.Tensor, np.ndarray, 
 
 
 def _auc(root: str, snapshot: Snapshot) -> float:
-    from mim_ray.ciubm.evaluate import predict
     from mim_ray.ciubm.export import load_ranker
+    from mim_ray.ciubm.predict import predict
     from mim_ray.evaluation.metrics import auc
 
     rows = f"{root}/samples/impressions/test"
-    prob, _ = predict(load_ranker(f"{root}/ctr/{MODEL}", encoder_version=snapshot.encoder_version), snapshot, rows)
+    ranker = load_ranker(f"{root}/ctr/{MODEL}", encoder_version=snapshot.encoder_version)
+    prob = np.concatenate([prob.mean(axis=0) for _, prob in predict(ranker, snapshot, rows)])
     labels = pa.concat_tables(pq.read_table(file, columns=["label"]) for file in sorted(Path(rows).glob("*.parquet")))
-    value = auc(np.asarray(labels["label"]), prob.mean(axis=0))
+    value = auc(np.asarray(labels["label"]), prob)
     return float("nan") if value is None else value

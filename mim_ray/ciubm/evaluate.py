@@ -1,43 +1,34 @@
-"""Judge CTR models on the test rows: overall, by item age (paper Figure 6) and by category (Table 7).
+"""Judge CTR models on the test rows: overall, by item age (paper Figure 6), category (Table 7) and exposure.
 
-Every test row gets a prediction: unknown users, items and missing content have defined embeddings. Beside the models
-stand rows without a model: popularity in train, the mean cosine of the behaviors' MM vectors to the target's, and, on
-the synthetic shop, the oracle.
+Beside the models stand rows without a model: popularity in train, the mean cosine of the behaviors' MM vectors to the
+target's, and, on the synthetic shop, the oracle. Predictions stream to their tables and all metrics are counted while
+rows pass by, so that memory does not grow with them; docs/evaluation.md says how.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from mim_ray import artifacts
-from mim_ray.ciubm.dataset import COLUMNS, Content, ImpressionEncoder, IndexedBatch
 from mim_ray.ciubm.export import Ranker, load_ranker
-from mim_ray.ciubm.interest import content_relevance
+from mim_ray.ciubm.predict import PredictionsWriter, mean_cosines, predict
+from mim_ray.ciubm.test_rows import TestRows
 from mim_ray.config import Scenario
-from mim_ray.data.batches import num_rows, ordered_batches
 from mim_ray.data.catalogue import Catalogue
-from mim_ray.data.ids import IdIndex
-from mim_ray.data.schema import PREDICTIONS
 from mim_ray.errors import DataError
-from mim_ray.evaluation.compare import Comparison
-from mim_ray.evaluation.metrics import auc
-from mim_ray.evaluation.slices import NUM_BUCKETS, age_buckets, created_buckets
+from mim_ray.evaluation.compare import Comparison, Pairs, as_json, streamed_auc
+from mim_ray.evaluation.slices import EXPOSURES, NUM_BUCKETS, age_buckets, created_buckets, exposure_buckets
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.runtime.cluster import worker_threads
-from mim_ray.runtime.progress import Progress
 from mim_ray.runtime.summary import StageResult
 
-_BATCH_ROWS = 4_096
 _MAX_CATEGORIES = 30
 
 
@@ -49,205 +40,163 @@ def run(
     snapshots: Mapping[str, str | None],
     truth: str | None,
     output: str,
+    snapshot: str | None = None,
 ) -> StageResult:
     """Compare the models at `variants` (name -> URI); writes evaluation.json and predictions/<variant>.parquet.
 
     Args:
         snapshots: name -> URI of the embeddings that the model reads, None for a base model.
         truth: URI of the synthetic shop's true click probabilities by impression_id, None for real data.
+        snapshot: embeddings behind the mean cosine where no +MIM model says which.
 
     Raises:
         DataError: there are no test rows.
         VersionMismatchError: a model was trained on another encoder version than its snapshot holds.
     """
     torch.set_num_threads(worker_threads(scenario.ciubm))
-    catalogue = Catalogue.open(f"{samples}/catalogue")
-    every_row = _read_test(f"{samples}/impressions/test", catalogue)
-    judged = every_row.label >= 0
-    test = every_row.take(judged)
-    scores: dict[str, np.ndarray] = {}
-    seed_aucs: dict[str, list[float | None]] = {}
-    cosine: np.ndarray | None = None
-    for name, uri in variants.items():
-        snapshot_uri = snapshots.get(name)
-        snapshot = None if snapshot_uri is None else Snapshot.open(snapshot_uri)
-        ranker = load_ranker(uri, encoder_version=None if snapshot is None else snapshot.encoder_version)
-        by_seed, likeness = predict(ranker, snapshot, f"{samples}/impressions/test", name)
-        write_predictions(f"{output}/predictions/{name}.parquet", every_row.impression_id, by_seed.mean(axis=0))
-        scores[name] = by_seed.mean(axis=0)[judged]
-        seed_aucs[name] = [auc(test.label, prob[judged]) for prob in by_seed]
-        if likeness is not None and (cosine is None or name.endswith("-mim")):
-            cosine = likeness[judged]
-
-    first_positive_at, popularity = _train_positives(samples, catalogue, test)
-    references = {"popularity": popularity}
-    if cosine is not None:
-        references["mean_cosine"] = cosine
-    if truth is not None:
-        references["oracle"] = _true_probs(truth, test.impression_id)
-    pairs = {name: base for name in variants if (base := f"{name.partition('-')[0]}-base") in variants and base != name}
-    comparison = Comparison(
-        test.label,
-        test.user,
-        {**scores, **references},
-        num_bootstrap=scenario.evaluation.num_bootstrap,
-        min_label_rows=scenario.evaluation.min_bucket_rows,
-        seed=scenario.run.seed,
-    )
-    models, differences = comparison.metrics(list(variants), pairs)
-    everyone = np.ones(len(test.label), bool)
-    ages = age_buckets(test.item, first_positive_at)
-    created = created_buckets(test.item, _created_at(catalogue, test))
-    result: dict[str, Any] = {
-        "num_rows": len(test.label),
-        "num_rows_without_label": int((~judged).sum()),
-        "num_positives": int(test.label.sum()),
-        "num_users": int(test.user.max(initial=-1)) + 1,
-        "models": {name: {**models[name], "seed_aucs": seed_aucs[name]} for name in variants},
-        "differences": differences,
-        "references": comparison.slice(everyone, list(references), {})["auc"],
-        "closed_ratio": {
-            backbone: comparison.closed_ratio(f"{backbone}-base", f"{backbone}-mim", f"{backbone}-style")
-            for backbone in {name.partition("-")[0] for name in variants}
-            if all(f"{backbone}-{content}" in variants for content in ("base", "mim", "style"))
-        },
-        "age_buckets": [
-            {"bucket": f"S{b}", **comparison.slice(ages == b, list(variants), pairs)} for b in range(1, NUM_BUCKETS + 1)
-        ],
-        "created_buckets": [
-            {"bucket": f"C{b}", **comparison.slice(created == b, list(variants), pairs)}
-            for b in range(1, NUM_BUCKETS + 1)
-        ],
-        "categories": _by_category(comparison, catalogue, test, list(variants), pairs),
-    }
+    with _scratch() as folder:
+        rows = TestRows(f"{samples}/impressions/test", Catalogue.open(f"{samples}/catalogue"), folder)
+        seed_aucs: dict[str, list[float | None]] = {}
+        for name, uri in variants.items():
+            content = snapshots.get(name)
+            opened = None if content is None else Snapshot.open(content)
+            ranker = load_ranker(uri, encoder_version=None if opened is None else opened.encoder_version)
+            seed_aucs[name] = _predict(rows, name, ranker, opened, f"{output}/predictions/{name}.parquet")
+        used = {name: uri for name, uri in snapshots.items() if uri is not None and name in variants}
+        mim = next((uri for name, uri in used.items() if name.endswith("-mim")), None)
+        cosine = mim or next(iter(used.values()), snapshot)
+        references = ["popularity"]
+        if cosine is not None:
+            references.append("mean_cosine")
+            for values in mean_cosines(ranker, Snapshot.open(cosine), rows.uri):
+                rows.columns.append("mean_cosine", values)
+        if truth is not None:
+            references.append("oracle")
+            rows.join("oracle", truth)
+        pairs = {name: (name, base) for name in variants if (base := _base(name)) in variants and base != name}
+        result = _judge(scenario, rows, list(variants), references, pairs, samples, folder)
+    for name in variants:
+        result["models"][name]["seed_aucs"] = seed_aucs[name]
     artifacts.write_json(f"{output}/evaluation.json", result)
     return StageResult(metrics={k: v for k, v in result.items() if k != "created_buckets"}, rows=_summary(result))
 
 
-def predict(
-    ranker: Ranker, snapshot: Snapshot | None, rows: str, label: str = "predict"
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Probabilities (seeds, N) for every impression below the URI `rows`, in file order, and mean cosines (N,) or None.
+def compare(scenario: Scenario, *, samples: str, predictions: Mapping[str, str], output: str) -> StageResult:
+    """Judge tables of predictions (name -> URI), wherever they come from; writes `output`, a JSON file.
 
-    The mean cosine is that of the behaviors with content to the target; 0 without any.
+    Each is compared with all that were named before it.
+
+    Raises:
+        DataError: a table does not give every test impression one probability.
     """
-    content = None if snapshot is None else Content(snapshot, ranker.items)
-    used = content if ranker.content_width is not None else None
-    encoder = ImpressionEncoder(ranker.items, ranker.users, content, ranker.max_behaviors)
-    probs: list[np.ndarray] = []
-    cosines: list[np.ndarray] = []
-    by_seed = [ranker.of_seed(index) for index in range(len(ranker.models))]
-    with Progress(f"predict {label}", num_rows(rows), "rows", every_s=5.0) as progress:
-        for table in ordered_batches(rows, COLUMNS, _BATCH_ROWS):
-            batch = encoder.encode(table)
-            probs.append(np.stack([one.predict(batch) for one in by_seed]))
-            if used is not None:
-                cosines.append(mean_cosine(batch).numpy())
-            progress.add(len(batch))
-    prob = np.concatenate(probs, axis=1) if probs else np.zeros((len(by_seed), 0))
-    return prob, np.concatenate(cosines) if cosines else None
+    with _scratch() as folder:
+        rows = TestRows(f"{samples}/impressions/test", Catalogue.open(f"{samples}/catalogue"), folder)
+        for name, uri in predictions.items():
+            rows.join(name, uri)
+        names = list(predictions)
+        pairs = {f"{a} over {b}": (a, b) for number, a in enumerate(names) for b in names[:number]}
+        result = _judge(scenario, rows, names, ["popularity"], pairs, samples, folder)
+    result["predictions"] = dict(predictions)
+    artifacts.write_json(output, result)
+    return StageResult(metrics=result, rows=_summary(result))
 
 
-@torch.inference_mode()
-def mean_cosine(batch: IndexedBatch) -> Tensor:
-    """(B,) mean cosine between the target's MM embedding and those of the behaviors that have one; 0 without any."""
-    assert batch.mm is not None
-    behaviors = batch.mm[batch.behaviors]
-    counted = batch.behavior_mask & (behaviors != 0).any(dim=-1)
-    relevance = content_relevance(batch.mm[batch.target], behaviors, counted)
-    return relevance.sum(dim=1) / counted.sum(dim=1).clamp_min(1)
+def _predict(rows: TestRows, name: str, ranker: Ranker, snapshot: Snapshot | None, output: str) -> list[float | None]:
+    """Write the model's predictions as a table and as a column; the AUC of each seed."""
+    num_seeds = len(ranker.models)
+    seeds = [f"{name}.seed{number}" for number in range(num_seeds)] if num_seeds > 1 else []
+    with PredictionsWriter(output) as writer:
+        for impression_id, prob in predict(ranker, snapshot, rows.uri, name):
+            mean = prob.mean(axis=0)
+            if not np.isfinite(mean).all():
+                raise DataError(f"{name} predicts values that are no numbers. Train it again.")
+            writer.add(impression_id, mean)
+            rows.columns.append(name, mean)
+            for column, values in zip(seeds, prob, strict=False):
+                rows.columns.append(column, values)
+    return [streamed_auc(rows.columns, column) for column in seeds or [name]]
 
 
-def write_predictions(uri: str, impression_id: pa.Array, prob: np.ndarray) -> None:
-    """The predictions table of SPEC section 2."""
-    table = pa.table([impression_id.cast(pa.string()), pa.array(prob, pa.float64())], schema=PREDICTIONS.schema)
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    artifacts.write_bytes(uri, sink.getvalue())
-
-
-@dataclass(frozen=True)
-class _TestRows:
-    """Test rows without their behaviors.
-
-    Attributes:
-        label: 0, 1, or -1 where the user's own table gives none: such rows are predicted, not judged.
-        item: numbers the targets. row: their catalogue row, -1 unknown.
-    """
-
-    impression_id: pa.Array
-    label: np.ndarray
-    user: np.ndarray
-    item: np.ndarray
-    row: np.ndarray
-
-    def take(self, mask: np.ndarray) -> _TestRows:
-        return _TestRows(
-            self.impression_id.filter(pa.array(mask)),
-            self.label[mask],
-            self.user[mask],
-            self.item[mask],
-            self.row[mask],
-        )
-
-
-def _read_test(uri: str, catalogue: Catalogue) -> _TestRows:
-    tables = list(ordered_batches(uri, ["impression_id", "user_id", "item_id", "label"], 65_536))
-    if not tables:
-        raise DataError(
-            f"{uri} has no rows to judge models on. Raise samples.test_ratio, or mark rows as test in the split column."
-        )
-    table = pa.concat_tables(tables)
-    items = pa.concat_arrays(table["item_id"].chunks).dictionary_encode()
-    users = pa.concat_arrays(table["user_id"].chunks).dictionary_encode()
-    item = np.asarray(items.indices.fill_null(0)).astype(np.int64)
-    return _TestRows(
-        impression_id=pa.concat_arrays(table["impression_id"].chunks),
-        label=np.asarray(pc.fill_null(table["label"], -1)).astype(np.int64),
-        user=np.asarray(users.indices.fill_null(0)).astype(np.int64),
-        item=item,
-        row=catalogue.rows(items.dictionary)[item],
+def _judge(
+    scenario: Scenario,
+    rows: TestRows,
+    models: list[str],
+    references: list[str],
+    pairs: Pairs,
+    samples: str,
+    folder: Path,
+) -> dict[str, Any]:
+    first_positive_at, num_positives = rows.train_positives(samples)
+    rows.by_item("popularity", num_positives)
+    category, categories = _categories(rows)
+    kinds = {
+        "age_buckets": (age_buckets(rows.item_rows, first_positive_at), [f"S{b}" for b in range(1, NUM_BUCKETS + 1)]),
+        "created_buckets": (
+            created_buckets(rows.item_rows, rows.created_at()),
+            [f"C{b}" for b in range(1, NUM_BUCKETS + 1)],
+        ),
+        "exposure": (exposure_buckets(num_positives), list(EXPOSURES)),
+        "categories": (category, categories),
+    }
+    starts = dict(zip(kinds, np.cumsum([1] + [len(names) for _, names in kinds.values()]).tolist(), strict=False))
+    comparison = Comparison(
+        rows.columns,
+        models=models,
+        references=references,
+        slices=[np.where(of_item < 0, -1, of_item + starts[kind]) for kind, (of_item, _) in kinds.items()],
+        num_slices=sum(len(names) for _, names in kinds.values()),
+        folder=folder,
+        num_bootstrap=scenario.evaluation.num_bootstrap,
+        min_label_rows=scenario.evaluation.min_bucket_rows,
+        seed=scenario.run.seed,
     )
+    metrics, differences = comparison.metrics(pairs)
+    result: dict[str, Any] = {
+        "num_rows": rows.num_rows,
+        "num_rows_without_label": rows.num_unjudged,
+        "num_positives": rows.num_positives,
+        "num_users": comparison.num_users,
+        "models": metrics,
+        "differences": differences,
+        "references": {name: as_json(comparison.auc(name)) for name in references},
+        "closed_ratio": {
+            backbone: comparison.closed_ratio(f"{backbone}-base", f"{backbone}-mim", f"{backbone}-style")
+            for backbone in {name.partition("-")[0] for name in models}
+            if all(f"{backbone}-{content}" in models for content in ("base", "mim", "style"))
+        },
+    }
+    for kind, (_, names) in kinds.items():
+        word = "category" if kind == "categories" else "bucket"
+        result[kind] = [
+            {word: name, **comparison.slice(starts[kind] + place, pairs)} for place, name in enumerate(names)
+        ]
+    result["warnings"] = _warnings(result)
+    return result
 
 
-def _train_positives(samples: str, catalogue: Catalogue, test: _TestRows) -> tuple[np.ndarray, np.ndarray]:
-    """Time (microseconds) of the target's first positive in train, -1 without one, and the number of its positives."""
-    table = pq.read_table(artifacts.local_copy(f"{samples}/first_positive.parquet"))
-    rows = catalogue.rows(table["item_id"])
-    time, count = np.full(catalogue.num_items + 1, -1, np.int64), np.zeros(catalogue.num_items + 1)
-    time[rows] = np.asarray(table["first_positive_at"].cast(pa.int64()))
-    count[rows] = np.asarray(table["num_train_positives"])
-    time[-1], count[-1] = -1, 0  # an item that is not in the catalogue
-    return time[test.row], count[test.row]
+def _categories(rows: TestRows) -> tuple[np.ndarray, list[str]]:
+    """(items + 1,) number of each target's category among those with most test rows, -1 for others; their names."""
+    codes, names = rows.catalogue.category_codes
+    of_item = np.append(codes, -1)
+    known = of_item >= 0
+    counts = np.bincount(of_item[known], rows.item_rows[known], len(names))
+    largest = [code for code in np.argsort(-counts, kind="stable")[:_MAX_CATEGORIES].tolist() if counts[code]]
+    number = np.full(len(names) + 1, -1, np.int64)  # the last is for items without a category
+    number[largest] = np.arange(len(largest))
+    return number[of_item], [names[code] for code in largest]
 
 
-def _created_at(catalogue: Catalogue, test: _TestRows) -> np.ndarray:
-    """Microseconds; -1 where unknown."""
-    unknown = np.iinfo(np.int64).max
-    created = np.append(catalogue.created_at, unknown)[test.row]
-    return np.where(created == unknown, -1, np.maximum(created, 0))
+def _base(name: str) -> str:
+    return f"{name.partition('-')[0]}-base"
 
 
-def _true_probs(truth: str, impression_id: pa.Array) -> np.ndarray:
-    table = pq.read_table(artifacts.local_copy(truth))
-    rows = IdIndex(pa.concat_arrays(table["impression_id"].chunks)).rows(impression_id)
-    if (rows < 0).any():
-        raise DataError(f"{truth} lacks {int((rows < 0).sum())} of the test impressions. Run the samples stage again.")
-    return np.asarray(table["prob"])[rows]
-
-
-def _by_category(
-    comparison: Comparison, catalogue: Catalogue, test: _TestRows, models: list[str], pairs: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    """The categories with most test rows, largest first."""
-    codes, names = catalogue.category_codes
-    of_row = np.append(codes, -1)[test.row]
-    counts = np.bincount(of_row[of_row >= 0], minlength=len(names))
-    largest = np.argsort(-counts, kind="stable")[:_MAX_CATEGORIES]
+def _warnings(result: Mapping[str, Any]) -> list[str]:
+    cosine = result["references"].get("mean_cosine", {}).get("value")
     return [
-        {"category": names[code], **comparison.slice(of_row == code, models, pairs)}
-        for code in largest.tolist()
-        if counts[code]
+        f"{name} (AUC {metrics['auc']['value']:.4f}) is below the mean cosine of the vectors that it reads ({cosine:.4f}): "
+        "the network does not use what they know, a defect to be understood, not a result."
+        for name, metrics in result["models"].items()
+        if name.endswith("-mim") and cosine is not None and (metrics["auc"]["value"] or 1.0) < cosine
     ]
 
 
@@ -258,14 +207,15 @@ def _summary(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, metrics in result["models"].items():
         text = f"AUC {_text(metrics['auc'])}  GAUC {_text(metrics['gauc'])}  log loss {_text(metrics['log_loss'])}"
         rows.append((name, text))
-    for name, metrics in result["differences"].items():
-        text = f"AUC {_text(metrics['auc'], sign=True)}  GAUC {_text(metrics['gauc'], sign=True)}"
-        rows.append((f"{name} over {metrics['over']}", text))
     rows += [(name.replace("_", " "), f"AUC {_text(value)}") for name, value in result["references"].items()]
+    for metrics in result["differences"].values():
+        text = f"AUC {_text(metrics['auc'], sign=True)}  GAUC {_text(metrics['gauc'], sign=True)}"
+        rows.append((f"{metrics['model']} over {metrics['over']}", text))
     rows += [(f"closed ratio {name}", _text(value)) for name, value in result["closed_ratio"].items()]
     for bucket in (result["age_buckets"][0], result["age_buckets"][-1]):
         gains = ", ".join(f"{name} {_text(value, sign=True)}" for name, value in bucket["difference"].items())
         rows.append((f"gain on {bucket['bucket']}", f"{gains or 'too few rows'} ({bucket['num_rows']:,} rows)"))
+    rows += [("warning", text) for text in result["warnings"]]
     return rows
 
 
@@ -275,3 +225,9 @@ def _text(estimate: Mapping[str, float | None], sign: bool = False) -> str:
         return "none"
     form = "+.4f" if sign else ".4f"
     return f"{value:{form}}" if low is None or high is None else f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="mim_ray-evaluation-") as folder:
+        yield Path(folder)

@@ -1,125 +1,198 @@
-"""Several models on the same rows: each metric with its interval, and paired differences, over all rows or a slice."""
+"""Several models on the same test rows: each metric with its interval, and paired differences, over all rows or a slice."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mim_ray.evaluation.bootstrap import (
-    Estimate,
-    auc_resamples,
-    difference,
-    group_resamples,
-    interval,
-    mean_resamples,
-    user_weights,
-)
-from mim_ray.evaluation.metrics import auc, calibration, group_auc, row_log_loss
+from mim_ray.evaluation.bootstrap import Estimate, difference, group_weights, interval, ratio_resamples, user_groups
+from mim_ray.evaluation.metrics import group_auc
+from mim_ray.evaluation.rows import Columns, Parts
+from mim_ray.evaluation.tally import MAX_BINS, SAMPLE_ROWS, ScoreBins, Tally, UserTally
+
+Pairs = Mapping[str, tuple[str, str]]
+"""Name of a difference -> the model and what it is compared with."""
 
 
 class Comparison:
-    """Scores of several models on N rows, judged with the same resamples of users.
+    """Scores of models and of model-free rows, judged with the same resamples of users.
 
     Args:
-        label: (N,) 0 or 1. user: (N,) number of the row's user, 0 .. U - 1.
-        scores: model -> (N,) score; a probability where log loss and calibration are asked for.
+        rows: columns user (uint64 hash), item (number of the target), label (0, 1, or -1 for rows that are not judged)
+            and one for each score.
+        models: columns that are probabilities, with GAUC, log loss, calibration and slices.
+        references: columns that are any score; of them only the AUC over all rows.
+        slices: kinds of slices: for each, the slice of every item (-1 for none), counted over all kinds from 1.
+        num_slices: of all kinds.
+        folder: an empty scratch folder.
         min_label_rows: no AUC of a slice with fewer rows of either label.
     """
 
     def __init__(
         self,
-        label: np.ndarray,
-        user: np.ndarray,
-        scores: Mapping[str, np.ndarray],
+        rows: Columns,
         *,
+        models: Sequence[str],
+        references: Sequence[str],
+        slices: Sequence[np.ndarray],
+        num_slices: int,
+        folder: Path,
         num_bootstrap: int,
         min_label_rows: int,
         seed: int = 0,
+        max_bins: int = MAX_BINS,
     ) -> None:
-        self.label, self.user, self.scores = label, user, scores
-        self.min_label_rows = min_label_rows
-        self._weights = user_weights(int(user.max(initial=-1)) + 1, num_bootstrap, seed)
+        self.models, self.min_label_rows = list(models), min_label_rows
+        self.tallies: dict[str, Tally] = {}
+        for name in [*models, *references]:
+            kinds, number = (slices, num_slices) if name in models else ((), 0)
+            bins = _bins(rows, name, max_bins)
+            self.tallies[name] = _tally(rows, name, Tally(bins, 1 + number, is_prob=name in models), kinds)
+        self.num_users, self.users = _by_user(rows, models, folder)
+        occupied = self.tallies[self.models[0]].rows_by_group > 0
+        self._weights = group_weights(occupied, num_bootstrap, seed)
+        self._drawn: dict[tuple[str, int], np.ndarray] = {}
 
-    def metrics(self, models: list[str], pairs: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """All metrics of `models` over all rows, and the differences of each model in `pairs` to its base.
+    def metrics(self, pairs: Pairs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All metrics of the models over all rows, and the differences of pairs of them.
 
         Returns:
-            model -> {auc, gauc, gauc_unweighted, log_loss, calibration}; model -> {over, auc, gauc, gauc_unweighted,
-            log_loss}. GAUC is by user: weighted by rows, and the plain mean over users with both labels.
+            model -> {auc, gauc, gauc_unweighted, log_loss, calibration, reliability, auc_error}; pair -> {model, over, auc,
+            gauc, gauc_unweighted, log_loss}. GAUC is by user: weighted by rows, and the plain mean over users with both labels.
         """
-        values: dict[str, dict[str, float | None]] = {}
-        resamples: dict[str, dict[str, np.ndarray]] = {}
-        for model in models:
-            score = self.scores[model]
-            groups = group_auc(self.label, score, self.user)
-            losses = row_log_loss(self.label, score)
-            values[model] = {
-                "auc": auc(self.label, score),
-                "gauc": groups.weighted,
-                "gauc_unweighted": groups.unweighted,
-                "log_loss": float(losses.mean()) if len(losses) else None,
-            }
-            resamples[model] = {
-                "auc": auc_resamples(self.label, score, self.user, self._weights),
-                "gauc": group_resamples(groups, self._weights, by_rows=True),
-                "gauc_unweighted": group_resamples(groups, self._weights, by_rows=False),
-                "log_loss": mean_resamples(losses, self.user, self._weights),
-            }
+        values = {model: self._values(model) for model in self.models}
+        drawn = {model: self._resamples(model) for model in self.models}
         single = {
             model: {
-                **{name: as_json(interval(values[model][name], resamples[model][name])) for name in values[model]},
-                "calibration": calibration(self.label, self.scores[model]),
+                **{name: as_json(interval(values[model][name], drawn[model][name])) for name in values[model]},
+                "auc_error": self.tallies[model].auc_error(),
+                "calibration": self.tallies[model].calibration(),
+                "reliability": self.tallies[model].reliability(),
             }
-            for model in models
+            for model in self.models
         }
         paired: dict[str, Any] = {
-            model: {
+            pair: {
+                "model": model,
                 "over": base,
                 **{
                     name: as_json(
-                        difference(
-                            values[model][name], values[base][name], resamples[model][name], resamples[base][name]
-                        )
+                        difference(values[model][name], values[base][name], drawn[model][name], drawn[base][name])
                     )
                     for name in values[model]
                 },
             }
-            for model, base in pairs.items()
+            for pair, (model, base) in pairs.items()
         }
         return single, paired
 
+    def auc(self, name: str) -> Estimate:
+        """Of a model or reference over all rows."""
+        return interval(self.tallies[name].auc(), self._auc_resamples(name, 0))
+
     def closed_ratio(self, base: str, model: str, ideal: str) -> dict[str, float | None]:
         """(model - base) / (ideal - base) in AUC, with its interval."""
-        found = [auc(self.label, self.scores[name]) for name in (base, model, ideal)]
-        if any(value is None for value in found):
+        low, middle, high = (self.tallies[name].auc() for name in (base, model, ideal))
+        if low is None or middle is None or high is None:
             return as_json(Estimate(None, None, None))
-        low, middle, high = (float(value) for value in found if value is not None)
-        drawn = [
-            auc_resamples(self.label, self.scores[name], self.user, self._weights) for name in (base, model, ideal)
-        ]
+        drawn = [self._auc_resamples(name, 0) for name in (base, model, ideal)]
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = (drawn[1] - drawn[0]) / (drawn[2] - drawn[0])
         return as_json(interval((middle - low) / (high - low) if high != low else None, ratios))
 
-    def slice(self, rows: np.ndarray, models: list[str], pairs: Mapping[str, str]) -> dict[str, Any]:
-        """Number of rows, AUC of each model and of each pair's difference where `rows` (bool) is True."""
-        label, user = self.label[rows], self.user[rows]
-        num_positives = int(label.sum())
-        result: dict[str, Any] = {"num_rows": len(label), "num_positives": num_positives, "auc": {}, "difference": {}}
-        if min(num_positives, len(label) - num_positives) < self.min_label_rows:
+    def slice(self, number: int, pairs: Pairs) -> dict[str, Any]:
+        """Number of rows, AUC and calibration of each model and the AUC's difference of each pair in one slice."""
+        negatives, positives = self.tallies[self.models[0]].label_rows(number)
+        result: dict[str, Any] = {
+            "num_rows": negatives + positives,
+            "num_positives": positives,
+            "auc": {},
+            "difference": {},
+            "calibration": {model: self.tallies[model].calibration(number) for model in self.models},
+        }
+        if min(positives, negatives) < self.min_label_rows:
             return result
-        values = {model: auc(label, self.scores[model][rows]) for model in models}
-        drawn = {model: auc_resamples(label, self.scores[model][rows], user, self._weights) for model in models}
-        result["auc"] = {model: as_json(interval(values[model], drawn[model])) for model in models}
+        values = {model: self.tallies[model].auc(number) for model in self.models}
+        drawn = {model: self._auc_resamples(model, number) for model in self.models}
+        result["auc"] = {model: as_json(interval(values[model], drawn[model])) for model in self.models}
         result["difference"] = {
-            model: as_json(difference(values[model], values[base], drawn[model], drawn[base]))
-            for model, base in pairs.items()
+            pair: as_json(difference(values[model], values[base], drawn[model], drawn[base]))
+            for pair, (model, base) in pairs.items()
         }
         return result
+
+    def _values(self, model: str) -> dict[str, float | None]:
+        tally, users = self.tallies[model], self.users[model]
+        return {
+            "auc": tally.auc(),
+            "gauc": users.value(by_rows=True),
+            "gauc_unweighted": users.value(by_rows=False),
+            "log_loss": tally.log_loss(),
+        }
+
+    def _resamples(self, model: str) -> dict[str, np.ndarray]:
+        tally, users = self.tallies[model], self.users[model]
+        return {
+            "auc": self._auc_resamples(model, 0),
+            "gauc": ratio_resamples(*users.sums(by_rows=True), self._weights),
+            "gauc_unweighted": ratio_resamples(*users.sums(by_rows=False), self._weights),
+            "log_loss": ratio_resamples(tally.loss_by_group, tally.rows_by_group, self._weights),
+        }
+
+    def _auc_resamples(self, name: str, number: int) -> np.ndarray:
+        if (name, number) not in self._drawn:
+            self._drawn[name, number] = self.tallies[name].auc_resamples(self._weights, number)
+        return self._drawn[name, number]
+
+
+def streamed_auc(rows: Columns, name: str) -> float | None:
+    """AUC of one score over all judged rows."""
+    return _tally(rows, name, Tally(_bins(rows, name, MAX_BINS), 1, is_prob=False), ()).auc()
 
 
 def as_json(estimate: Estimate) -> dict[str, float | None]:
     """{"value", "low", "high"}."""
     return estimate._asdict()
+
+
+def _bins(rows: Columns, name: str, max_bins: int) -> ScoreBins:
+    num_rows = rows.num_rows(name)
+    complete = num_rows <= SAMPLE_ROWS
+    chosen = np.arange(num_rows)
+    if not complete:
+        chosen = np.unique(np.random.default_rng(0).integers(0, num_rows, SAMPLE_ROWS))
+    return ScoreBins(rows.take(name, chosen)[rows.take("label", chosen) >= 0], complete, max_bins)
+
+
+def _tally(rows: Columns, name: str, tally: Tally, slices: Sequence[np.ndarray]) -> Tally:
+    for user, item, label, score in rows.chunks("user", "item", "label", name):
+        judged = label >= 0
+        tally.add(
+            label[judged].astype(np.int64),
+            score[judged],
+            user_groups(user[judged]),
+            [of_item[item[judged]] for of_item in slices],
+        )
+    return tally
+
+
+def _by_user(rows: Columns, models: Sequence[str], folder: Path) -> tuple[int, dict[str, UserTally]]:
+    """Number of users of the judged rows and each model's AUC within users: all rows of a user are met together."""
+    fields = [(f"score{number}", "f8") for number in range(len(models))]
+    parts = Parts(folder / "by-user", [("user", "u8"), ("label", "i1"), *fields], rows.num_rows("user"))
+    for user, label, *scores in rows.chunks("user", "label", *models):
+        judged = label >= 0
+        values = {field: score[judged] for (field, _), score in zip(fields, scores, strict=True)}
+        parts.add(user[judged], user=user[judged], label=label[judged], **values)
+    tallies = {model: UserTally() for model in models}
+    num_users = 0
+    for records in parts.read():
+        users, number = np.unique(records["user"], return_inverse=True)
+        num_users += len(users)
+        for model, (field, _) in zip(models, fields, strict=True):
+            found = group_auc(records["label"], records[field], number)
+            tallies[model].add(found, user_groups(users[found.group]))
+    return num_users, tallies

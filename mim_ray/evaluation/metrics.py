@@ -22,6 +22,19 @@ def auc(label: np.ndarray, score: np.ndarray) -> float | None:
     return float((ranks[positive].sum() - num_positives * (num_positives + 1) / 2) / (num_positives * num_negatives))
 
 
+def binned_auc(counts: np.ndarray) -> np.ndarray:
+    """(...) AUC of rows counted by score bin and label; rows of one bin count as ties. NaN where a label is missing.
+
+    Args:
+        counts: (..., B, 2) rows by bin, lowest scores first, and label.
+    """
+    negatives, positives = counts[..., 0].astype(np.float64), counts[..., 1].astype(np.float64)
+    below = np.cumsum(negatives, axis=-1) - 0.5 * negatives
+    pairs = positives.sum(axis=-1) * negatives.sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(pairs > 0, (positives * below).sum(axis=-1) / pairs, np.nan)
+
+
 class GroupAuc(NamedTuple):
     """AUC within each group that has both labels. Arrays by group, in order of the group's number."""
 

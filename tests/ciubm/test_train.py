@@ -18,6 +18,7 @@ from mim_ray.ciubm import evaluate, train
 from mim_ray.ciubm.dataset import ImpressionEncoder, gather_batch
 from mim_ray.ciubm.export import load_ranker
 from mim_ray.ciubm.model import CtrNetwork
+from mim_ray.ciubm.predict import predict
 from mim_ray.ciubm.tables import IdTables
 from mim_ray.config import Scenario
 from mim_ray.data.batches import ordered_batches
@@ -81,6 +82,7 @@ def test_content_is_learnt_and_every_row_predicted(models: dict[str, str], small
     test = pq.read_table(f"{small_shop.samples}/impressions/test")
     assert predictions["impression_id"].to_pylist() == test["impression_id"].to_pylist()
     assert np.isfinite(predictions["prob"].to_numpy()).all()
+    assert sum(bucket["num_rows"] for bucket in found["exposure"]) == 800
     assert any(label == "mean cosine" for label, _ in result.rows)
 
 
@@ -142,7 +144,11 @@ def test_the_ranker_scores_as_the_evaluation_predicts(variant: str, models: dict
     snapshot = Snapshot.open(small_shop.snapshot)
     ranker = load_ranker(models[variant], encoder_version=snapshot.encoder_version if variant == "sim-mim" else None)
     test = f"{small_shop.samples}/impressions/test"
-    expected = evaluate.predict(ranker, snapshot if variant == "sim-mim" else None, test)[0].mean(axis=0)
+    expected = [
+        prob
+        for _, probs in predict(ranker, snapshot if variant == "sim-mim" else None, test)
+        for prob in probs.mean(axis=0)
+    ]
 
     def multi_get(ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
         rows = snapshot.lookup(ids)
