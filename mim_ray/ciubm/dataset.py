@@ -16,6 +16,7 @@ from torch.nn.functional import embedding
 
 from mim_ray.ciubm.model import EmbeddedBatch
 from mim_ray.ciubm.tables import Tables
+from mim_ray.ciubm.tables.hand_out import hand_out
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 from mim_ray.representation_center.snapshot import Snapshot
 
@@ -123,10 +124,12 @@ def gather_batch(batch: IndexedBatch, tables: Tables, *, train: bool = False) ->
         rows["user"] = batch.user
     embedded = tables.embed(rows, train=train)
     items = torch.cat([embedded["item"], embedded["category"]], dim=-1)  # (U, d)
-    of_target, of_behaviors = batch.category[batch.target], batch.category[batch.behaviors]
+    target, behaviors = hand_out(items, batch.target, batch.behaviors)
+    of_target = batch.category.index_select(0, batch.target)
+    of_behaviors = batch.category.index_select(0, batch.behaviors.flatten()).view(batch.behaviors.shape)
     return EmbeddedBatch(
-        target=embedding(batch.target, items),
-        behaviors=embedding(batch.behaviors, items),
+        target=target,
+        behaviors=behaviors,
         behavior_mask=batch.behavior_mask,
         same_category=(of_behaviors == of_target.unsqueeze(1)) & (of_target != 0).unsqueeze(1),
         user=embedded.get("user"),

@@ -63,21 +63,18 @@ class LazyAdam(RowOptimizer):
 
     def _move(self, weight: Tensor, rows: Tensor, gradients: Tensor, learning_rate: float, weight_decay: float) -> None:
         first, second = self.betas
-        means, squares = (
-            self._slot("mean", *weight.shape, like=weight),
-            self._slot("square", *weight.shape, like=weight),
-        )
-        mean = means.index_select(0, rows).lerp_(gradients, 1 - first)
-        square = squares.index_select(0, rows).mul_(second).addcmul_(gradients, gradients, value=1 - second)
-        means.index_copy_(0, rows, mean)
-        squares.index_copy_(0, rows, square)
+        moments = self._slot("moments", len(weight), 2, weight.shape[1], like=weight)  # side by side: one gather for both
+        met = moments.index_select(0, rows)
+        mean, square = met.unbind(1)
+        mean.lerp_(gradients, 1 - first)
+        square.mul_(second).addcmul_(gradients, gradients, value=1 - second)
+        moments.index_copy_(0, rows, met)
         correction = (1 - second**self.num_steps) ** 0.5 / (1 - first**self.num_steps)
         current = weight.index_select(0, rows)
         if weight_decay > 0:
             current.mul_(1 - learning_rate * weight_decay)
-        weight.index_copy_(
-            0, rows, current.addcdiv_(mean, square.sqrt_().add_(self.eps), value=-learning_rate * correction)
-        )
+        current.addcdiv_(mean, square.sqrt().add_(self.eps), value=-learning_rate * correction)
+        weight.index_copy_(0, rows, current)
 
 
 class RowwiseAdagrad(RowOptimizer):
