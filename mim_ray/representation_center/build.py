@@ -95,9 +95,8 @@ def build_snapshot(
                 ranges.add(rows)
         target = Target(width, dtype, f"Snapshot {line}")
         for part in range(num_ranges):
-            rows_since = ranges.pop(part, memory_bytes)
-            for stored in merged_rows(base, rows_since, (part, num_ranges), target, deletions):
-                writer.write(stored)
+            for piece in merged_rows(base, ranges.pop(part, memory_bytes), (part, num_ranges), target, deletions):
+                writer.write(piece)
         uri = writer.publish(keep=keep)
     return Snapshot.open(uri, verify=False)
 

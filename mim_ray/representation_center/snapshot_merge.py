@@ -51,6 +51,7 @@ def merged_rows(
         deletions: gives those that `base` leaves out.
     """
     news = None if rows is None else _News.of(base, rows, target, deletions)
+    del rows  # what is needed of them is copied
     if base is None:
         for start in range(0, 0 if news is None else len(news), PIECE_ROWS):
             assert news is not None
@@ -61,10 +62,11 @@ def merged_rows(
         for start in range(first, end, PIECE_ROWS):
             yield base.stored_rows(start, min(start + PIECE_ROWS, end))
         return
-    stays = np.ones(end - first, bool)
-    stays[news.replaced - first] = False
     for row, next_row, new, next_new in _pieces(first, end, news.places):
-        kept = np.flatnonzero(stays[row - first : next_row - first])
+        stays = np.ones(next_row - row, bool)
+        leave, rest = np.searchsorted(news.replaced, [row, next_row])
+        stays[news.replaced[leave:rest] - row] = False
+        kept = np.flatnonzero(stays)
         shown = base.stored_rows(row, next_row)
         if new == next_new and len(kept) == len(shown):
             yield shown
@@ -82,7 +84,7 @@ class _News:
 
     Attributes:
         places: (n,) int64 ascending: the row of the state before, in front of which each stands.
-        replaced: rows of the state before that leave.
+        replaced: rows of the state before that leave, ascending.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class _News:
             if (live & ~known).any():
                 held_at[~known] = deletions().content_at(hashes[~known])
             wins = times(rows["content_at"])[last] >= held_at
-            replaced = shown[wins & known]
+            replaced = np.sort(shown[wins & known])
             live &= wins
             places = np.where(known, shown, np.searchsorted(base.hashes, hashes, "right"))
         last, hashes, places = last[live], hashes[live], places[live]
