@@ -201,7 +201,7 @@ def measure_upserts(plan: Plan, folder: Path) -> dict[str, Any]:
         write_deltalake(merge_uri, part, mode="append")
     compact(table, "v1")
     build_snapshot(table, "v1", line)
-    appends, builds, merges, compactions = [], [], [], []
+    appends, builds, whole_builds, merges, compactions = [], [], [], [], []
     for number in range(plan.upserts):
         chosen = np.sort(random.choice(plan.num_upsert_items, plan.num_upsert_items // 100, replace=False))
         part = rows(chosen, 2 + number)
@@ -215,6 +215,7 @@ def measure_upserts(plan: Plan, folder: Path) -> dict[str, Any]:
         appends.append(seconds_of(lambda part=part: table.append(part, encoder_version="v1")))
         compactions.append(seconds_of(lambda: compact(table, "v1")))
         builds.append(seconds_of(lambda: build_snapshot(table, "v1", line)))
+        whole_builds.append(seconds_of(lambda: build_snapshot(table, "v1", f"{line}-whole", keep=1, whole_log=True)))
         if not number % 2:
             merges.append(seconds_of(merge))
     share = sum(compactions) / len(compactions)
@@ -233,6 +234,7 @@ def measure_upserts(plan: Plan, folder: Path) -> dict[str, Any]:
         "append_s": round(statistics.median(appends), 4),
         "compaction_share_s": round(share, 4),
         "snapshot_s": round(statistics.median(builds), 4),
+        "snapshot_of_the_whole_log_s": round(statistics.median(whole_builds), 4),
         "merge_s": round(statistics.median(merges), 4),
         "rounds": plan.upserts,
     }
