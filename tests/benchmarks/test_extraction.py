@@ -47,11 +47,11 @@ def test_both_sides_make_the_same_embeddings(modules: dict[str, ModuleType], tmp
     assert ids == [f"item-{row:09d}" for row in range(3)]
     from mim_ray.extraction.embed import embed, load_encoder
     from mim_ray.extraction.plan import plan
-    from mim_ray.extraction.read import Decoding, read_shard
+    from mim_ray.extraction.read import Decoding, ShardReader
 
     (unit,) = plan(made.items, 64, []).units(set())
     decoding = Decoding(sides._WORKER["picture"], 10**6, 10**6, 10, "/nowhere")
-    (block,) = read_shard(unit, unit.slices[0], decoding, None, 16)
+    (block,) = ShardReader(unit, decoding, None, 16).read(unit.slices[0])
     ours = np.array(embed(block, load_encoder(made.encoder, False), 224)["embedding"].to_pylist())
     np.testing.assert_allclose(ours, vectors, atol=1e-5)
 
