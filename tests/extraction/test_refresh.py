@@ -20,6 +20,7 @@ from mim_ray.data.rejects import read_rejects
 from mim_ray.data.schema import ITEMS, TIME
 from mim_ray.data.transforms import PictureFormat, content_hash
 from mim_ray.errors import DataError
+from mim_ray.extraction import encode_changes
 from mim_ray.extraction import refresh as refresh_module
 from mim_ray.extraction.pool import EncoderPool
 from mim_ray.extraction.read import Decoding
@@ -330,14 +331,15 @@ def test_a_round_that_failed_anywhere_is_made_up_for_by_the_next(
     refresher = start(str(folder))
     refresher.round()
     pq.write_table(items_of(5, 20, "changed", title=[None] + [f"changed {n}" for n in range(19)]), folder / "a.parquet")
-    original = getattr(refresh_module, step)
+    module = encode_changes if step == "write_deletions" else refresh_module
+    original = getattr(module, step)
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         original(*args, **kwargs)
         raise RuntimeError("the machine went down")
 
     with monkeypatch.context() as patched:
-        patched.setattr(refresh_module, step, fail)
+        patched.setattr(module, step, fail)
         with pytest.raises(RuntimeError, match="went down"):
             refresher.round()
     refresher.__exit__(None, None, None)
