@@ -73,6 +73,16 @@ class CatalogueState:
     def file_pieces(self) -> Iterable[Piece]:
         return (piece for file in self.files.values() for piece in file.pieces)
 
+    def unusable(self, catalogue: str, settings: str, table_version: int) -> str | None:
+        """Why a catalogue must not be compared with this state; None if it may."""
+        if self.catalogue != catalogue:
+            return f"The catalogue was {self.catalogue}"
+        if self.settings != settings:
+            return "Settings that decide embeddings changed"
+        if table_version < self.table_version:
+            return "The table is not the one of the last refresh"
+        return None
+
     @property
     def packs(self) -> set[str]:
         return {piece.pack for piece in (*self.file_pieces, *self.feed)}

@@ -117,7 +117,7 @@ def last_events(events: Events, before: np.ndarray) -> np.ndarray:
     steps = np.where(events.came[order], 1, -1)
     total = np.cumsum(steps)
     rows = total - np.repeat(total[starts] - steps[starts] - before, counts)
-    wrong = np.unique(ids[(rows < 0) | (rows > 1)])
+    wrong = np.unique(ids[(rows < 0) | (rows > 1) | np.repeat(before > 1, counts)])
     if len(wrong):
         raise FeedUnusableError(f"{len(wrong):,} of the changed items stood in the catalogue twice")
     return order[starts + counts - 1]

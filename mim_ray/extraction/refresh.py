@@ -187,18 +187,12 @@ class Refresher:
 
     def _usable_state(self, full: bool) -> tuple[CatalogueState | None, list[str]]:
         """The last state, if the catalogue may be compared with it, and why not."""
-        state = self._state
-        if state is None:
+        if self._state is None:
             return None, ["No refresh before: the whole catalogue is compared with the table."]
-        if state.catalogue != self.items:
-            return None, [f"The catalogue was {state.catalogue}: all of the new one is compared with the table."]
-        if state.settings != self._identity:
-            return None, ["Settings that decide embeddings changed: the whole catalogue is compared with the table."]
-        if self.table.version < state.table_version:
-            return None, ["The table is not the one of the last refresh: the whole catalogue is compared with it."]
-        if full:
-            return state, ["The whole catalogue is compared with the table, as asked for."]
-        return state, []
+        reason = self._state.unusable(self.items, self._identity, self.table.version)
+        if reason is not None:
+            return None, [f"{reason}: the whole catalogue is compared with the table."]
+        return self._state, ["The whole catalogue is compared with the table, as asked for."] if full else []
 
     def _apply(self, head: Head | None, state: CatalogueState | None, now: int, full: bool, notes: list[str]) -> Round:
         if state is not None and head is not None and state.identity != head.identity:
@@ -251,13 +245,12 @@ class Refresher:
         """What changed, by the change feed if it tells, else by the files; and what to note at the end."""
         pack = PackWriter(self._store)
         looking = Looking(self._decoding, rejected, now, self._refresh.warm_rows, self._scanners)
-        if head is not None and state is not None and not full:
+        if head is not None and state is not None and state.version is not None and not full:
             try:
                 feed, committed_at = read_feed(self.items, head, state.version, SCAN_ROWS)
                 changes = find_feed_changes(feed, committed_at, state, self._store, pack, known, looking)
-                return changes, replace(
-                    state, version=head.version, listed_at=now, num_rows=changes.num_rows, feed=changes.feed
-                )
+                state = replace(state, version=head.version, listed_at=now)
+                return changes, replace(state, num_rows=changes.num_rows, feed=changes.feed)
             except FeedUnusableError as error:
                 notes.append(f"The catalogue's files are compared: {error}.")
         listing = list_table(self.items, "items")
