@@ -34,14 +34,11 @@ def find_changes(
     table: EmbeddingTable,
     known: KnownContent,
     looking: Looking,
-    *,
-    full: bool = False,
 ) -> Changes:
     """Compare the catalogue with the last state, and what differs with what is known.
 
     Args:
-        state: None: compare the whole catalogue with the table. full: do so although there is a state, which then only tells
-            what was deleted.
+        state: None: compare the whole catalogue with the table.
     """
     before = {} if state is None else state.files
     told = newest([store.records(piece) for piece in state.feed] if state is not None else [])
@@ -50,14 +47,14 @@ def find_changes(
         there = path in listing.files and listing.files[path].signature == file.signature
         return there and not any(contained(store.records(piece).ids, told.ids).any() for piece in file.pieces)
 
-    kept = {} if full else {path: file for path, file in before.items() if is_kept(path, file)}
+    kept = {} if looking.full else {path: file for path, file in before.items() if is_kept(path, file)}
     fresh = listing.files.keys() - kept.keys()
     clock = Clock(looking.now, NO_TIME if state is None else state.listed_at)
     found = Changes(store.compacted(kept, pack), frozenset(kept))
     replaced = [store.records(piece) for path, file in before.items() if path not in kept for piece in file.pieces]
     old = [*(records.without(told.ids) for records in replaced), told.where(told.rows == 1)]
     pairs = None
-    if state is not None and not full and sum(len(records.ids) for records in old) <= MAX_PAIRS:
+    if state is not None and not looking.full and sum(len(records.ids) for records in old) <= MAX_PAIRS:
         pairs = np.sort(np.concatenate([np.empty(0, np.uint64), *(records.pairs for records in old)]))
     rejected = looking.rejected
     shards = listing.shards(fresh, SCAN_ROWS) if fresh else []

@@ -102,6 +102,7 @@ class Looking:
     Attributes:
         rejected: ascending id hashes of items rejected earlier. now: microseconds.
         warm_rows: of so many rows to encode, the content is kept.
+        full: at the whole catalogue, although there may be a state, which then only tells what was deleted.
     """
 
     decoding: Decoding
@@ -109,6 +110,7 @@ class Looking:
     now: int
     warm_rows: int
     scanners: Scanners
+    full: bool = False
 
 
 @dataclass(frozen=True)

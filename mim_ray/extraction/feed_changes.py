@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mim_ray.data.change_feed import FeedSlice, FeedUnusableError
+from mim_ray.data.change_feed import FeedSlice, FeedUnusableError, read_feed
 from mim_ray.data.event_log import is_blank
 from mim_ray.data.ids import hash_ids
+from mim_ray.data.listing import Head
 from mim_ray.extraction.catalogue_state import CatalogueState, PackWriter, StateStore
-from mim_ray.extraction.comparison import Changes, Clock, Looking, compare, delete
+from mim_ray.extraction.comparison import SCAN_ROWS, Changes, Clock, Looking, compare, delete
 from mim_ray.extraction.records import Records, contained, newest
 from mim_ray.extraction.scanners import Looked
 from mim_ray.representation_center.known_content import KnownContent
@@ -35,24 +36,22 @@ class Events(NamedTuple):
 
 
 def find_feed_changes(
-    feed: Sequence[FeedSlice],
-    committed_at: int,
+    head: Head,
     state: CatalogueState,
     store: StateStore,
     pack: PackWriter,
     known: KnownContent,
     looking: Looking,
 ) -> Changes:
-    """As `changes.find_changes`, for the rows that the feed names; it continues the state's version.
-
-    Args:
-        committed_at: when the feed's last commit was made (microseconds).
+    """As `changes.find_changes`, for the rows that the feed names between the state's version and the head.
 
     Raises:
         FeedUnusableError: the files must be compared. Nothing was written to the pack then.
     """
     if sum(piece.count for piece in state.feed) > MAX_TOLD:
         raise FeedUnusableError(f"more than {MAX_TOLD:,} items changed since the files were compared")
+    assert state.version is not None, "only a Delta table has a head"
+    feed, committed_at = read_feed(state.catalogue, head, state.version, SCAN_ROWS)
     events = read_events(feed)
     ids, first = np.unique(events.ids, return_index=True)
     before, contents = store.rows_of(state, ids)
@@ -74,7 +73,7 @@ def find_feed_changes(
         found.void_rejects.append(rejected[np.isin(rejected, hash_ids(scanned.ids))])
         compare(shard, 0, feed[number].committed_at, scanned, carried, known, looking.decoding, clock, found)
         read_again = found.limit_content(read_again, looking.warm_rows)
-    gone = ids[~there & had]
+    gone = ids[~there]  # also what only a round saw that was killed before it noted it
     found.void_rejects.append(rejected[contained(rejected, gone)])
     delete(gone, None, known, clock.floor(committed_at), clock, found)
     came = newest(told)

@@ -23,14 +23,14 @@ import ray
 
 from mim_ray import artifacts
 from mim_ray.config.scenario import Extraction, Refresh, Scenario
-from mim_ray.data.change_feed import FeedUnusableError, read_feed
+from mim_ray.data.change_feed import FeedUnusableError
 from mim_ray.data.ids import hash_ids
 from mim_ray.data.listing import Head, delta_head, list_table
 from mim_ray.data.rejects import read_rejects, reject_rows, write_rejects
 from mim_ray.data.sources import require_table
 from mim_ray.extraction.catalogue_state import CatalogueState, PackWriter, StateStore
 from mim_ray.extraction.changes import find_changes
-from mim_ray.extraction.comparison import SCAN_ROWS, Changes, Looking
+from mim_ray.extraction.comparison import Changes, Looking
 from mim_ray.extraction.embed import Encode, Work, load_encoder
 from mim_ray.extraction.encode_changes import encode_changes, rejects_left
 from mim_ray.extraction.feed_changes import find_feed_changes
@@ -200,7 +200,9 @@ class Refresher:
         self._snapshot(only_first=True)  # so that what is known is mapped, not loaded
         known = KnownContent(self.table, f"{self._center}/window", self.encoder_version, line=self.line)
         earlier = read_rejects(self._rejects, STAGE)
-        changes, next_state = self._find(head, state, known, np.unique(hash_ids(earlier["key"])), now, full, notes)
+        rejected = np.unique(hash_ids(earlier["key"]))
+        looking = Looking(self._decoding, rejected, now, self._refresh.warm_rows, self._scanners, full)
+        changes, next_state = self._find(head, state, known, looking, notes)
         changes.check_deletions(self.items, known, self._refresh.max_deleted_ratio)
         encoded = encode_changes(
             changes,
@@ -233,34 +235,25 @@ class Refresher:
         )
 
     def _find(
-        self,
-        head: Head | None,
-        state: CatalogueState | None,
-        known: KnownContent,
-        rejected: np.ndarray,
-        now: int,
-        full: bool,
-        notes: list[str],
+        self, head: Head | None, state: CatalogueState | None, known: KnownContent, looking: Looking, notes: list[str]
     ) -> tuple[Changes, CatalogueState]:
         """What changed, by the change feed if it tells, else by the files; and what to note at the end."""
         pack = PackWriter(self._store)
-        looking = Looking(self._decoding, rejected, now, self._refresh.warm_rows, self._scanners)
-        if head is not None and state is not None and state.version is not None and not full:
+        if head is not None and state is not None and not looking.full:
             try:
-                feed, committed_at = read_feed(self.items, head, state.version, SCAN_ROWS)
-                changes = find_feed_changes(feed, committed_at, state, self._store, pack, known, looking)
-                state = replace(state, version=head.version, listed_at=now)
+                changes = find_feed_changes(head, state, self._store, pack, known, looking)
+                state = replace(state, version=head.version, listed_at=looking.now)
                 return changes, replace(state, num_rows=changes.num_rows, feed=changes.feed)
             except FeedUnusableError as error:
                 notes.append(f"The catalogue's files are compared: {error}.")
         listing = list_table(self.items, "items")
-        changes = find_changes(listing, state, self._store, pack, self.table, known, looking, full=full)
+        changes = find_changes(listing, state, self._store, pack, self.table, known, looking)
         return changes, CatalogueState(
             catalogue=self.items,
             identity=listing.identity,
             version=listing.version,
             settings=self._identity,
-            listed_at=now,
+            listed_at=looking.now,
             table_version=self.table.version,
             num_rows=changes.num_rows,
             files=changes.files,

@@ -67,8 +67,7 @@ def test_every_commit_tells_what_deltalake_says(tmp_path: Path, partitions: list
         assert told(uri, after) == by_deltalake(uri, after)
     head = delta_head(uri)
     assert head is not None
-    slices, committed_at = read_feed(uri, head, 0, 3)
-    assert max(piece.rows.num_rows for piece in slices) <= 20
+    _, committed_at = read_feed(uri, head, 0, 3)
     assert committed_at == 1_000 * DeltaTable(uri).history(1)[0]["timestamp"]
     with pytest.raises(FeedUnusableError, match="more than 10 rows since version 0"):
         read_feed(uri, head, 0, 3, max_rows=10)
