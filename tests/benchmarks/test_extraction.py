@@ -86,7 +86,7 @@ def test_report_has_every_key_and_its_table_tells_a_missed_goal(
             pass
 
         def seconds(self, items: str, encode: bool) -> float:
-            return {"extract": 2.0, "process_pool": 1.7, "daft": 4.0}[self.name]
+            return {"extract": 2.0, "process_pool": 1.7, "daft": 4.0, "daft_threads": 3.0}[self.name]
 
         def close(self) -> None:
             pass
@@ -104,4 +104,8 @@ def test_report_has_every_key_and_its_table_tells_a_missed_goal(
     assert "pss_10m_over_100k" not in report["goals"]
     if report["vs_daft"] is not None:  # a peer that is not installed is not measured
         assert report["goals"]["vs_daft"] == {"goal": ">= 1", "met": True}
+        assert (report["vs_daft"], report["details"]["vs_daft"]["way"]) == (
+            1.5,
+            "daft_threads",
+        )  # the faster of the two
     assert {"cpu", "cpus", "versions", "command", "measured_at", "git_commit"} <= set(report["machine"])
