@@ -428,8 +428,11 @@ class Ciubm(Workers):
     num_epochs: Positive = 1
     learning_rate: PositiveFloat = 5e-3
     """Adam (paper: 0.005)."""
+    table_engine: Literal["torch", "torchrec"] = "torch"
+    """ID tables: whole on every worker (torch), or their rows shared out among the workers (torchrec, an optional extra for
+    tables that outgrow a worker; docs/id_tables.md)."""
     table_optimizer: Literal["adam", "rowwise_adagrad"] = "adam"
-    """Of the ID tables: lazy Adam or row-wise Adagrad (one accumulator per row)."""
+    """Of the ID tables: lazy Adam or row-wise Adagrad (one accumulator per row; the one that torchrec has)."""
     seeds: tuple[int, ...] = (0,)
     """One model per seed; reports give the mean."""
 

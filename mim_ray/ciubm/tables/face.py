@@ -11,8 +11,8 @@ from torch import Tensor
 class Tables(Protocol):
     """Embedding tables by name (item, category and, by choice, user). Row 0 of each is the unknown id.
 
-    With several workers every method below is collective: all workers call it, with whatever rows they have (none is
-    allowed). The torch engine exchanges something in `step` only.
+    With several workers every method below is collective: all workers call it equally often, with whatever rows they have
+    (none is allowed). Of the torch engine only `step` is.
     """
 
     def __contains__(self, name: str) -> bool: ...
@@ -26,15 +26,16 @@ class Tables(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Whole weights (rows, width) by table name: what serving reads. Not copies where the engine can spare them."""
+        """Whole weights (rows, width) by table name: what serving reads. The first worker gets them, others may get none.
+        The torch engine's are no copies."""
         ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take weights as `state` gives them; sizes follow. The optimizer's state is forgotten."""
+        """Take whole weights, which every worker has; sizes follow. The optimizer's state is forgotten."""
         ...
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """What a resumed run needs beside `state`, as flat tensors called TABLE.NAME."""
+        """What a resumed run needs beside `state`, as flat tensors called TABLE.NAME; given as `state` is."""
         ...
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
