@@ -2,7 +2,8 @@
 
     extract       this project's `extraction.run.extract`: Parquet in, Delta log out
     process_pool  multiprocessing.Pool: workers read a row group, decode and encode it, and send the embeddings back
-    daft          Daft's native runner with a batch UDF that holds the encoder
+    daft          Daft's native runner with a batch UDF that holds the encoder, instances in processes
+    daft_threads  the same with instances in threads of one process
 
 Started by extraction.py; a line of JSON in is one run, a line of JSON out its seconds.
 """
@@ -14,6 +15,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would lose to whatever else runs on a shared machine
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import contextlib
@@ -116,12 +118,14 @@ def _start_worker(encoder: str) -> None:
 
     from mim_ray.data.transforms import PictureFormat
     from mim_ray.extraction.embed import load_encoder
+    from mim_ray.runtime.memory import keep_freed_memory
 
+    keep_freed_memory()
     torch.set_num_threads(1)
     described = json.loads((Path(encoder) / "encoder.json").read_text())
     _WORKER["picture"] = PictureFormat.from_json(described["picture"])
     _WORKER["encode"] = load_encoder(encoder, False)
-    _encode_images(np.zeros((BATCH, 3, 224, 224), np.uint8), True)
+    _encode_images(np.zeros((BATCH, 3, 224, 224), np.uint8), _WORKER["encode"])
 
 
 def _nothing(_: int) -> None:
@@ -138,15 +142,14 @@ def _do_group(task: tuple[str, int, bool]) -> tuple[list[str], np.ndarray]:
     vectors = []
     for start in range(0, len(images), BATCH):
         pixels, _ = decode_images(images[start : start + BATCH], _WORKER["picture"])
-        vectors.append(_encode_images(pixels, encode))
+        vectors.append(_encode_images(pixels, _WORKER["encode"] if encode else None))
     return rows["item_id"].to_pylist(), np.concatenate(vectors)
 
 
-def _encode_images(pixels: np.ndarray, encode: bool) -> np.ndarray:
-    if not encode:
+def _encode_images(pixels: np.ndarray, encode: Callable[..., np.ndarray] | None) -> np.ndarray:
+    if encode is None:  # decode only
         return pixels[:, 0, 0, :8].astype(np.float32)
-    vectors: np.ndarray = _WORKER["encode"]([None] * len(pixels), pixels, np.ones(len(pixels), bool))
-    return vectors
+    return encode([None] * len(pixels), pixels, np.ones(len(pixels), bool))
 
 
 @contextlib.contextmanager
@@ -205,12 +208,15 @@ def daft(encoder: str, cores: int, own_decode: bool = True, use_process: bool = 
 
     Args:
         own_decode: decode inside the class with this project's function, which is faster than Daft's own decoding and
-            resizing (JPEG's reduced decoding). use_process: instances in processes, which is faster than in threads.
+            resizing (JPEG's reduced decoding).
+        use_process: instances in processes. Daft 0.7.26 goes by the type that the method returns, whatever it is asked for: an
+            embedding is made in threads of the query's own process, a list of floats in processes.
     """
     import daft as daft_package
 
     daft_package.set_runner_native()
-    kind = daft_package.DataType.embedding(daft_package.DataType.float32(), 128)
+    number = daft_package.DataType.float32()
+    kind = daft_package.DataType.list(number) if use_process else daft_package.DataType.embedding(number, 128)
 
     class Encoding:
         """Loads when the query starts it; notes when it is ready and when each batch begins and ends."""
@@ -218,7 +224,8 @@ def daft(encoder: str, cores: int, own_decode: bool = True, use_process: bool = 
         def __init__(self, encoder: str, log: str, encode: bool) -> None:
             if not _WORKER:
                 _start_worker(encoder)
-            self._encode = encode
+            self._picture = _WORKER["picture"]
+            self._encode = _WORKER["encode"] if encode else None
             self._log = open(f"{log}/{os.getpid()}-{threading.get_ident()}-{id(self)}", "a", buffering=1)  # noqa: SIM115
             self._log.write(f"{time.time()} ready\n")
 
@@ -228,7 +235,7 @@ def daft(encoder: str, cores: int, own_decode: bool = True, use_process: bool = 
 
             start = time.time()
             if own_decode:
-                pixels, _ = decode_images(image.to_pylist(), _WORKER["picture"])
+                pixels, _ = decode_images(image.to_pylist(), self._picture)
             else:
                 pixels = np.ascontiguousarray(np.stack(image.to_pylist()).transpose(0, 3, 1, 2))
             vectors = np.zeros((len(pixels), 128), np.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from measuring import seconds_in_turn
+from measuring import ratio, seconds_in_turn
 
 from mim_ray.data.ids import hash_ids
 from mim_ray.representation_center.snapshot import Snapshot
@@ -105,15 +104,8 @@ def raw_gather(matrix: np.ndarray, rows: np.ndarray, as_float32: bool) -> np.nda
 
 def speed(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     """How many times as fast as theirs: median over the pairs with quartiles, and both sides' median times."""
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (ratios[0],) * 3
-    return {
-        "value": round(statistics.median(ratios), 4),
-        "quartiles": [round(low, 4), round(high, 4)],
-        "pairs": len(ratios),
-        "mim_ray_ms": round(statistics.median(ours) * 1_000, 4),
-        "other_ms": round(statistics.median(theirs) * 1_000, 4),
-    }
+    found = ratio(theirs, ours)
+    return found | {"mim_ray_ms": found["other_ms"], "other_ms": found["mim_ray_ms"]}
 
 
 def _pairs(snapshot: Snapshot, num_keys: int, budget_s: float) -> tuple[dict[str, Any], dict[str, Any]]:

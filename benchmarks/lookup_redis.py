@@ -26,12 +26,10 @@ _FILL_KEYS = 10_000
 
 def against_redis(plan: Plan) -> dict[str, Any]:
     """`vs_redis_mget`: 500 string keys in, a float32 matrix out, on both sides."""
-    try:
-        import redis
-    except ImportError as error:
-        return {"redis": {"missing": missing_package(error, "redis")}}
-    if shutil.which("redis-server") is None:
-        return {"redis": {"missing": "There is no redis-server. Install it with: apt-get install redis-server"}}
+    if (missing := missing_redis()) is not None:
+        return {"redis": {"missing": missing}}
+    import redis
+
     snapshot, _ = make_snapshot(plan.work, plan.rows, plan.width, "float16")
     rng = np.random.default_rng(2)
     sets = [item_ids(rng.integers(0, plan.rows, plan.client_keys)).to_pylist() for _ in range(KEY_SETS)]
@@ -57,6 +55,17 @@ def against_redis(plan: Plan) -> dict[str, Any]:
         "vs_redis_mget_unix_socket": found["unix"],
         "redis_bytes_per_item": {"value": round(used / plan.rows, 1)},
     }
+
+
+def missing_redis() -> str | None:
+    """What to install before Redis can be measured; None: nothing."""
+    try:
+        import redis  # noqa: F401
+    except ImportError as error:
+        return missing_package(error, "redis")
+    if shutil.which("redis-server") is None:
+        return "There is no redis-server. Install it with: apt-get install redis-server"
+    return None
 
 
 def mget(client: Any, keys: Sequence[str], width: int) -> np.ndarray:

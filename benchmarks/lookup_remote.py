@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lookup_cases import KEY_SETS, item_ids, make_snapshot, speed
-from lookup_redis import fill, mget, redis_server
-from measuring import missing_package, seconds_in_turn
+from lookup_redis import fill, mget, missing_redis, redis_server
+from measuring import seconds_in_turn
 
 from mim_ray.config.scenario import ParameterMachines as Settings
 from mim_ray.config.scenario import Run
@@ -27,12 +26,10 @@ def remote_against_redis(plan: Plan) -> dict[str, Any]:
 
     Beside it `vs_redis_mget_by_client`: 500 keys through the machines' client on their node, which reads the mappings.
     """
-    try:
-        import redis
-    except ImportError as error:
-        return {"redis_remote": {"missing": missing_package(error, "redis")}}
-    if shutil.which("redis-server") is None:
-        return {"redis_remote": {"missing": "There is no redis-server. Install it with: apt-get install redis-server"}}
+    if (missing := missing_redis()) is not None:
+        return {"redis_remote": {"missing": missing}}
+    import redis
+
     snapshot, _ = make_snapshot(plan.work, plan.rows, plan.width, "float16")
     rng = np.random.default_rng(3)
     sets = [item_ids(rng.integers(0, plan.rows, plan.remote_keys)).to_pylist() for _ in range(KEY_SETS)]

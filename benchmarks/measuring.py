@@ -53,8 +53,8 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
         "value": round(statistics.median(ratios), 4),
         "quartiles": [round(low, 4), round(high, 4)],
         "pairs": len(ratios),
-        "mim_ray_ms": round(statistics.median(ours) * 1_000, 2),
-        "other_ms": round(statistics.median(theirs) * 1_000, 2),
+        "mim_ray_ms": round(statistics.median(ours) * 1_000, 4),
+        "other_ms": round(statistics.median(theirs) * 1_000, 4),
     }
 
 

@@ -3,9 +3,9 @@
     python benchmarks/refresh.py --json refresh.json --quick     20,000 items in the rounds, under a minute
     python benchmarks/refresh.py --json refresh.json             100,000 items
 
-The catalogue is a Delta table of titles and JPEG pictures (64 x 64), the encoder the tiny one of the scenario `tiny` with random
-weights. Rounds are those of a running refresher, as jobs/refresh.py --every makes them. benchmarks/README.md says what each
-key means.
+The catalogue is a Delta table of titles and JPEG pictures (64 x 64) with its change data feed on, the encoder the tiny one of
+the scenario `tiny` with random weights. Rounds are those of a running refresher, as jobs/refresh.py --every makes them.
+benchmarks/README.md says what each key means.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def measure_rounds(plan: Plan, folder: Path) -> dict[str, Any]:
 
     catalogue = f"{folder}/items"
     items = make_items(plan.num_items)
-    write_deltalake(catalogue, items, target_file_size=max(1, items.nbytes // plan.files))
+    feed = "delta.enableChangeDataFeed"
+    write_deltalake(catalogue, items, target_file_size=max(1, items.nbytes // plan.files), configuration={feed: "true"})
     single = f"{folder}/single"
     write_deltalake(single, items.slice(0, 1))
     encoder, described = make_encoder(folder, items["title"].to_pylist()[:2_000])
@@ -114,34 +115,44 @@ def measure_rounds(plan: Plan, folder: Path) -> dict[str, Any]:
             empty.append(seconds_of_round(running)[0])
     random = np.random.default_rng(1)
     num_changed = plan.num_items // 100
-    merged, nothing, appended, found, snapshots = [], [], [], [], []
-    with refresher(catalogue, f"{folder}/center", encoder, described, pool, scanners) as running:
-        full, first = seconds_of_round(running)
-        assert first.encoded == plan.num_items, first
-        for number in range(plan.rounds + 1):  # the first pair warms up
+    appended: list[float] = []
+
+    def merge_rounds(running: Any, name: str, rounds: int, by_feed: bool) -> list[tuple[float, float, float]]:
+        """Seconds of (a round after a MERGE of 1 %, without the snapshot; the snapshot; a round without changes)."""
+        times = []
+        for number in range(rounds + 1):  # the first pair warms up
             chosen = random.choice(plan.num_items, num_changed, replace=False)
-            changed = items.take(chosen).set_column(1, "title", [[f"round {number} title {row}" for row in chosen]])
+            titles = [f"{name} {number} title {row}" for row in chosen]
             table = DeltaTable(catalogue)
-            table.merge(changed, "t.item_id = s.item_id", "s", "t").when_matched_update_all().execute()
+            merge = table.merge(items.take(chosen).set_column(1, "title", [titles]), "t.item_id = s.item_id", "s", "t")
+            merge.when_matched_update_all().execute()
             seconds, done = seconds_of_round(running)
             assert (done.encoded, done.changed, done.built) == (num_changed, num_changed, True), done
+            assert by_feed == (not done.notes), done
             idle, still = seconds_of_round(running)
             assert not still.found_changes
             assert not still.built
-            if number:
-                snapshots.append(done.snapshot_s)
-                merged.append(seconds - done.snapshot_s)
-                nothing.append(idle)
-                found.append(done.unchanged)
+            times.append((seconds - done.snapshot_s, done.snapshot_s, idle))
+        return times[1:]
+
+    with refresher(catalogue, f"{folder}/center", encoder, described, pool, scanners) as running:
+        full, first = seconds_of_round(running)
+        assert first.encoded == plan.num_items, first
+        fed = merge_rounds(running, "fed", plan.rounds, by_feed=True)
         for number in range(3):
             new = make_items(num_changed, prefix=f"new-{number}-")
             write_deltalake(catalogue, new, mode="append")
             seconds, done = seconds_of_round(running)
             assert done.new == num_changed, done
             appended.append(seconds - done.snapshot_s)
+        DeltaTable(catalogue).alter.set_table_properties({feed: "false"})
+        compared = merge_rounds(running, "compared", max(2, plan.rounds // 2), by_feed=False)
     share = 0.01 * (full - statistics.median(empty))
+    merged, snapshots, nothing = (list(column) for column in zip(*fed, strict=True))
     built = statistics.median(snapshots)
-    costs = [(one + built / rounds_per_snapshot() - none) / share for one, none in zip(merged, nothing, strict=True)]
+    costs, by_files = (
+        [(one + built / rounds_per_snapshot() - none) / share for one, _, none in times] for times in (fed, compared)
+    )
     return {
         "one_percent_cost": round(statistics.median(costs), 3),
         "quartiles": spread(costs),
@@ -151,6 +162,8 @@ def measure_rounds(plan: Plan, folder: Path) -> dict[str, Any]:
         "one_percent_cost_appended": round(
             (statistics.median(appended) + built / rounds_per_snapshot() - statistics.median(nothing)) / share, 3
         ),
+        "one_percent_cost_by_files": round(statistics.median(by_files), 3),
+        "by_files_quartiles": spread(by_files),
         "snapshot_s": round(built, 3),
         "rounds_per_snapshot": rounds_per_snapshot(),
         "items": plan.num_items,
@@ -158,10 +171,10 @@ def measure_rounds(plan: Plan, folder: Path) -> dict[str, Any]:
         "full_s": round(full, 2),
         "empty_s": [round(value, 2) for value in empty],
         "one_percent_s": [round(value, 3) for value in merged],
+        "one_percent_by_files_s": [round(value, 3) for value, _, _ in compared],
         "one_percent_appended_s": [round(value, 3) for value in appended],
         "nothing_s": [round(value, 4) for value in nothing],
         "items_per_s": round(plan.num_items / full, 1),
-        "rows_looked_at": found[-1] + num_changed,
     }
 
 
@@ -201,7 +214,7 @@ def measure_upserts(plan: Plan, folder: Path) -> dict[str, Any]:
         write_deltalake(merge_uri, part, mode="append")
     compact(table, "v1")
     build_snapshot(table, "v1", line)
-    appends, builds, merges, compactions = [], [], [], []
+    appends, builds, whole_builds, merges, compactions = [], [], [], [], []
     for number in range(plan.upserts):
         chosen = np.sort(random.choice(plan.num_upsert_items, plan.num_upsert_items // 100, replace=False))
         part = rows(chosen, 2 + number)
@@ -215,6 +228,7 @@ def measure_upserts(plan: Plan, folder: Path) -> dict[str, Any]:
         appends.append(seconds_of(lambda part=part: table.append(part, encoder_version="v1")))
         compactions.append(seconds_of(lambda: compact(table, "v1")))
         builds.append(seconds_of(lambda: build_snapshot(table, "v1", line)))
+        whole_builds.append(seconds_of(lambda: build_snapshot(table, "v1", f"{line}-whole", keep=1, whole_log=True)))
         if not number % 2:
             merges.append(seconds_of(merge))
     share = sum(compactions) / len(compactions)
@@ -233,6 +247,7 @@ def measure_upserts(plan: Plan, folder: Path) -> dict[str, Any]:
         "append_s": round(statistics.median(appends), 4),
         "compaction_share_s": round(share, 4),
         "snapshot_s": round(statistics.median(builds), 4),
+        "snapshot_of_the_whole_log_s": round(statistics.median(whole_builds), 4),
         "merge_s": round(statistics.median(merges), 4),
         "rounds": plan.upserts,
     }

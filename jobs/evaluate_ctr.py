@@ -1,10 +1,11 @@
-"""Evaluation: AUC, GAUC, log loss, age buckets and categories of the CTR models, with 95 % intervals; writes the
-predictions tables. Runs missing earlier stages first.
+"""Evaluation: AUC, GAUC, log loss, calibration, age buckets, categories and exposure of the CTR models, with 95 %
+intervals; writes the predictions tables. Runs missing earlier stages first.
 
     python jobs/evaluate_ctr.py --config tiny
+    python jobs/evaluate_ctr.py --config tiny --predictions mine=/data/mine.parquet    # beside the run's models
 """
 
-from mim_ray.pipeline.cli import job_main
+from mim_ray.pipeline.evaluate import main
 
 if __name__ == "__main__":
-    job_main(__doc__, "evaluation")
+    main(__doc__)

@@ -38,16 +38,16 @@ def run(
     samples: str,
     variants: Mapping[str, str],
     snapshots: Mapping[str, str | None],
+    snapshot: str | None,
     truth: str | None,
     output: str,
-    snapshot: str | None = None,
 ) -> StageResult:
     """Compare the models at `variants` (name -> URI); writes evaluation.json and predictions/<variant>.parquet.
 
     Args:
         snapshots: name -> URI of the embeddings that the model reads, None for a base model.
+        snapshot: URI of the embeddings behind the mean cosine, None where there are none.
         truth: URI of the synthetic shop's true click probabilities by impression_id, None for real data.
-        snapshot: embeddings behind the mean cosine where no +MIM model says which.
 
     Raises:
         DataError: there are no test rows.
@@ -62,17 +62,7 @@ def run(
             opened = None if content is None else Snapshot.open(content)
             ranker = load_ranker(uri, encoder_version=None if opened is None else opened.encoder_version)
             seed_aucs[name] = _predict(rows, name, ranker, opened, f"{output}/predictions/{name}.parquet")
-        used = {name: uri for name, uri in snapshots.items() if uri is not None and name in variants}
-        mim = next((uri for name, uri in used.items() if name.endswith("-mim")), None)
-        cosine = mim or next(iter(used.values()), snapshot)
-        references = ["popularity"]
-        if cosine is not None:
-            references.append("mean_cosine")
-            for values in mean_cosines(ranker, Snapshot.open(cosine), rows.uri):
-                rows.columns.append("mean_cosine", values)
-        if truth is not None:
-            references.append("oracle")
-            rows.join("oracle", truth)
+        references = _references(scenario, rows, snapshot, truth)
         pairs = {name: (name, base) for name in variants if (base := _base(name)) in variants and base != name}
         result = _judge(scenario, rows, list(variants), references, pairs, samples, folder)
     for name in variants:
@@ -81,10 +71,18 @@ def run(
     return StageResult(metrics={k: v for k, v in result.items() if k != "created_buckets"}, rows=_summary(result))
 
 
-def compare(scenario: Scenario, *, samples: str, predictions: Mapping[str, str], output: str) -> StageResult:
+def compare(
+    scenario: Scenario,
+    *,
+    samples: str,
+    predictions: Mapping[str, str],
+    snapshot: str | None,
+    truth: str | None,
+    output: str,
+) -> StageResult:
     """Judge tables of predictions (name -> URI), wherever they come from; writes `output`, a JSON file.
 
-    Each is compared with all that were named before it.
+    Each is compared with all that were named before it. The other arguments are those of `run`.
 
     Raises:
         DataError: a table does not give every test impression one probability.
@@ -93,12 +91,26 @@ def compare(scenario: Scenario, *, samples: str, predictions: Mapping[str, str],
         rows = TestRows(f"{samples}/impressions/test", Catalogue.open(f"{samples}/catalogue"), folder)
         for name, uri in predictions.items():
             rows.join(name, uri)
+        references = _references(scenario, rows, snapshot, truth)
         names = list(predictions)
         pairs = {f"{a} over {b}": (a, b) for number, a in enumerate(names) for b in names[:number]}
-        result = _judge(scenario, rows, names, ["popularity"], pairs, samples, folder)
+        result = _judge(scenario, rows, names, references, pairs, samples, folder)
     result["predictions"] = dict(predictions)
     artifacts.write_json(output, result)
     return StageResult(metrics=result, rows=_summary(result))
+
+
+def _references(scenario: Scenario, rows: TestRows, snapshot: str | None, truth: str | None) -> list[str]:
+    """Add the scores that need no model; their names."""
+    names = ["popularity"]  # added where it is known of the items
+    if snapshot is not None:
+        names.append("mean_cosine")
+        for values in mean_cosines(Snapshot.open(snapshot), rows.uri, scenario.ciubm.max_behaviors):
+            rows.columns.append("mean_cosine", values)
+    if truth is not None:
+        names.append("oracle")
+        rows.join("oracle", truth)
+    return names
 
 
 def _predict(rows: TestRows, name: str, ranker: Ranker, snapshot: Snapshot | None, output: str) -> list[float | None]:

@@ -11,14 +11,12 @@ from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
 from mim_ray import artifacts
-from mim_ray.ciubm.dataset import COLUMNS, Content, ImpressionEncoder, IndexedBatch
+from mim_ray.ciubm.dataset import COLUMNS, Content, ImpressionEncoder
 from mim_ray.ciubm.export import Ranker
-from mim_ray.ciubm.interest import content_relevance
 from mim_ray.data.batches import num_rows, ordered_batches
 from mim_ray.data.schema import PREDICTIONS
 from mim_ray.representation_center.snapshot import Snapshot
@@ -32,25 +30,26 @@ def predict(
 ) -> Iterator[tuple[pa.Array, np.ndarray]]:
     """Impression ids (B,) and probabilities (seeds, B) of every batch of the impressions below the URI `rows`, in file order."""
     by_seed = [ranker.of_seed(index) for index in range(len(ranker.models))]
-    for table, batch in _encoded(ranker, snapshot, rows, f"predict {label}"):
-        prob = np.stack([one.predict(batch) for one in by_seed])
-        yield table["impression_id"].combine_chunks().cast(pa.string()), prob
+    content = None if snapshot is None else Content(snapshot, ranker.items)
+    encoder = ImpressionEncoder(ranker.items, ranker.users, content, ranker.max_behaviors)
+    with Progress(f"predict {label}", num_rows(rows), "rows", every_s=5.0) as progress:
+        for table in ordered_batches(rows, ["impression_id", *COLUMNS], _BATCH_ROWS):
+            batch = encoder.encode(table)
+            prob = np.stack([one.predict(batch) for one in by_seed])
+            yield table["impression_id"].combine_chunks().cast(pa.string()), prob
+            progress.add(len(table))
 
 
-def mean_cosines(ranker: Ranker, snapshot: Snapshot, rows: str) -> Iterator[np.ndarray]:
-    """(B,) mean_cosine of every batch of the impressions below `rows`; of the model, only what it knows of items is used."""
-    for _, batch in _encoded(ranker, snapshot, rows, "mean cosine"):
-        yield mean_cosine(batch).numpy()
+def mean_cosines(snapshot: Snapshot, rows: str, max_behaviors: int) -> Iterator[np.ndarray]:
+    """(B,) mean cosine of every batch of the impressions below `rows`: no model, only what the vectors know.
 
-
-@torch.inference_mode()
-def mean_cosine(batch: IndexedBatch) -> Tensor:
-    """(B,) mean cosine between the target's MM embedding and those of the behaviors that have one; 0 without any."""
-    assert batch.mm is not None
-    behaviors = batch.mm[batch.behaviors]
-    counted = batch.behavior_mask & (behaviors != 0).any(dim=-1)
-    relevance = content_relevance(batch.mm[batch.target], behaviors, counted)
-    return relevance.sum(dim=1) / counted.sum(dim=1).clamp_min(1)
+    It is that between the target's MM embedding and those of the newest `max_behaviors` behaviors, of the ones that have an
+    embedding; 0 without any.
+    """
+    with Progress("mean cosine", num_rows(rows), "rows", every_s=5.0) as progress:
+        for table in ordered_batches(rows, ["item_id", "behaviors"], _BATCH_ROWS):
+            yield _mean_cosine(snapshot, table, max_behaviors)
+            progress.add(len(table))
 
 
 class PredictionsWriter:
@@ -87,12 +86,20 @@ class PredictionsWriter:
         self._batches, self._num_rows = [], 0
 
 
-def _encoded(
-    ranker: Ranker, snapshot: Snapshot | None, rows: str, label: str
-) -> Iterator[tuple[pa.Table, IndexedBatch]]:
-    content = None if snapshot is None else Content(snapshot, ranker.items)
-    encoder = ImpressionEncoder(ranker.items, ranker.users, content, ranker.max_behaviors)
-    with Progress(label, num_rows(rows), "rows", every_s=5.0) as progress:
-        for table in ordered_batches(rows, ["impression_id", *COLUMNS], _BATCH_ROWS):
-            yield table, encoder.encode(table)
-            progress.add(len(table))
+def _mean_cosine(snapshot: Snapshot, table: pa.Table, max_behaviors: int) -> np.ndarray:
+    lists = table["behaviors"].combine_chunks()
+    length = np.asarray(pc.fill_null(pc.list_value_length(lists), 0)).astype(np.int64)
+    row = np.asarray(pc.list_parent_indices(lists)).astype(np.int64)  # of each behavior
+    from_end = np.cumsum(length)[row] - np.arange(len(row))
+    newest = from_end <= max_behaviors
+    row, behaviors = row[newest], pc.list_flatten(lists).filter(pa.array(newest))
+    targets = table["item_id"].combine_chunks()
+    met = pa.concat_arrays([targets.cast(pa.large_string()), behaviors.cast(pa.large_string())]).dictionary_encode()
+    vectors = snapshot.gather(snapshot.lookup(met.dictionary)).astype(np.float32)
+    vectors = np.concatenate([vectors, np.zeros((1, snapshot.width), np.float32)])  # the last is for null ids
+    units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    place = np.asarray(met.indices.fill_null(len(vectors) - 1)).astype(np.int64)
+    target, behavior = place[: len(table)][row], place[len(table) :]
+    cosine = np.einsum("nd,nd->n", units[target], units[behavior])
+    counted = np.bincount(row, units[behavior].any(axis=1), len(table))
+    return np.bincount(row, cosine, len(table)) / np.maximum(counted, 1)

@@ -370,7 +370,7 @@ class Refresh(Section):
     max_deleted_ratio: Ratio = 0.5
     """A round that would delete more of the known items (and more than 100) stops: half a catalogue is rather a mistake."""
     snapshot_every_s: Annotated[float, Field(ge=0.0)] = 600.0
-    """With --every, a changed table gets a new snapshot at most this often (its cost is that of all items); what follows the
+    """With --every, a changed table gets a new snapshot at most this often (it copies the vectors of all items); what follows the
     table sees changes at once. 0: after each round that finds it changed. A single round always builds one."""
 
 

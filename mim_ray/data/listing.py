@@ -37,11 +37,27 @@ class ListedFile:
 
 
 @dataclass(frozen=True)
+class Head:
+    """The newest version of a Delta table.
+
+    Attributes:
+        identity: differs when the table was dropped and made again. has_feed: its commits note which rows they change.
+        partitions: columns whose values the files' places say.
+    """
+
+    identity: str
+    version: int
+    has_feed: bool
+    schema: pa.Schema
+    partitions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Listing:
     """A table's files at one moment.
 
     Attributes:
-        identity: differs when the table was dropped and made again. version: Delta version, None of plain Parquet.
+        identity: as `Head.identity`. version: Delta version, None of plain Parquet.
         committed_at: when that version was committed, microseconds. files: by path, as `Shard.source` says it.
     """
 
@@ -58,12 +74,15 @@ class Listing:
         return list(cut(self.dataset, self.name, rows=rows, files=files))
 
 
-def table_version(uri: str) -> tuple[str, int] | None:
-    """(identity, version) of a Delta table without listing its files; None of plain Parquet."""
+def delta_head(uri: str) -> Head | None:
+    """Of a Delta table, without listing its files; None of plain Parquet."""
     if not is_delta(uri):
         return None
     table = deltalake.DeltaTable(uri, storage_options=delta_options(uri))
-    return str(table.metadata().id), table.version()
+    about = table.metadata()
+    has_feed = str(about.configuration.get("delta.enableChangeDataFeed")).lower() == "true"
+    schema = pa.schema(table.schema().to_arrow())
+    return Head(str(about.id), table.version(), has_feed, schema, tuple(about.partition_columns))
 
 
 def list_table(uri: str, name: str) -> Listing:

@@ -6,7 +6,8 @@ another in packs, memory-mapped files below center/refresh/<encoder version>; `s
 file and is replaced last, when everything of a round is in the table. A lost state costs one comparison of the whole
 catalogue with the table, nothing else.
 
-Comparisons go range by range of the hash space, `RECORDS_AT_ONCE` at a time, whatever the catalogue's size.
+What a change feed tells since then is noted beside it, one record an id, and stands above what the files said; the files' records
+stay as they are until files are compared again.
 """
 
 from __future__ import annotations
@@ -15,44 +16,18 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from mim_ray import artifacts
-from mim_ray.data.ids import mix
+from mim_ray.extraction.records import Records, newest
 
-RECORDS_AT_ONCE = 8_000_000
-FORMAT = 1
+FORMAT = 2
 _MANY_PACKS = 16
-
-
-class Records(NamedTuple):
-    """Rows of a catalogue file: uint64 hash of the id (ascending), uint64 hash of the content, uint32 row number."""
-
-    ids: np.ndarray
-    contents: np.ndarray
-    rows: np.ndarray
-
-    @classmethod
-    def of(cls, ids: np.ndarray, contents: np.ndarray, rows: np.ndarray) -> Records:
-        """Sorted by id hash, equal ones in the order given."""
-        order = np.argsort(ids, kind="stable")
-        return cls(ids[order], contents[order], rows[order].astype(np.uint32))
-
-    @property
-    def pairs(self) -> np.ndarray:
-        """(n,) uint64: one hash of (id, content)."""
-        return mix(self.ids ^ mix(self.contents))
-
-    def cut(self, low: int, high: int) -> Records:
-        """Those whose id hash is in low … high."""
-        first = np.searchsorted(self.ids, np.uint64(low))
-        end = len(self.ids) if high == 2**64 else np.searchsorted(self.ids, np.uint64(high))
-        return Records(*(column[first:end] for column in self))
 
 
 @dataclass(frozen=True)
@@ -81,6 +56,7 @@ class CatalogueState:
         listed_at: when the catalogue was listed (microseconds): what it says since then changed after that.
         table_version: of the embedding table; an older table is not the one that this state belongs to.
         num_rows: of the catalogue, with an id.
+        files: when they were last compared. feed: what the change feed told since then, oldest first.
     """
 
     catalogue: str
@@ -91,10 +67,25 @@ class CatalogueState:
     table_version: int
     num_rows: int
     files: Mapping[str, SeenFile] = field(default_factory=dict)
+    feed: tuple[Piece, ...] = ()
+
+    @property
+    def file_pieces(self) -> Iterable[Piece]:
+        return (piece for file in self.files.values() for piece in file.pieces)
+
+    def unusable(self, catalogue: str, settings: str, table_version: int) -> str | None:
+        """Why a catalogue must not be compared with this state; None if it may."""
+        if self.catalogue != catalogue:
+            return f"The catalogue was {self.catalogue}"
+        if self.settings != settings:
+            return "Settings that decide embeddings changed"
+        if table_version < self.table_version:
+            return "The table is not the one of the last refresh"
+        return None
 
     @property
     def packs(self) -> set[str]:
-        return {piece.pack for file in self.files.values() for piece in file.pieces}
+        return {piece.pack for piece in (*self.file_pieces, *self.feed)}
 
 
 class StateStore:
@@ -116,15 +107,14 @@ class StateStore:
             path: SeenFile(signature, tuple(Piece(*piece) for piece in pieces))
             for path, (signature, pieces) in value.pop("files").items()
         }
-        return CatalogueState(**value, files=files)
+        feed = tuple(Piece(*piece) for piece in value.pop("feed"))
+        return CatalogueState(**value, files=files, feed=feed)
 
     def write(self, state: CatalogueState) -> None:
         """Switch to this state, then delete packs that it does not name."""
         value: dict[str, Any] = {key: getattr(state, key) for key in CatalogueState.__dataclass_fields__}
-        value["files"] = {
-            path: [file.signature, [[piece.pack, piece.start, piece.count] for piece in file.pieces]]
-            for path, file in state.files.items()
-        }
+        value["files"] = {path: [file.signature, _described(file.pieces)] for path, file in state.files.items()}
+        value["feed"] = _described(state.feed)
         artifacts.write_json(f"{self.uri}/state.json", value | {"format": FORMAT})
         for file in artifacts.list_files(self.uri, ".records"):
             name = file.rpartition("/")[2]
@@ -159,6 +149,28 @@ class StateStore:
             path: SeenFile(file.signature, tuple(moved(piece) for piece in file.pieces)) for path, file in files.items()
         }
 
+    def rows_of(self, state: CatalogueState, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many rows the catalogue had with each of these id hashes (ascending), and the hash of the content of one."""
+        counts, contents = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.uint64)
+        for piece in state.file_pieces:
+            records = self.records(piece)
+            first, end = (np.searchsorted(records.ids, ids, side) for side in ("left", "right"))
+            counts += end - first
+            contents[end > first] = records.contents[first[end > first]]
+        for piece in state.feed:
+            records = self.records(piece)
+            first, end = (np.searchsorted(records.ids, ids, side) for side in ("left", "right"))
+            there = end > first
+            counts[there], contents[there] = records.rows[first[there]], records.contents[first[there]]
+        return counts, contents
+
+    def with_feed(self, feed: tuple[Piece, ...], records: Records, pack: PackWriter) -> tuple[Piece, ...]:
+        """What the feed told, with newer records. Pieces grow as they age, so that there are few and each is copied seldom."""
+        kept = list(feed)
+        while kept and kept[-1].count <= 2 * len(records.ids):
+            records = newest([self.records(kept.pop()), records])
+        return (*kept, pack.add(records)) if len(records.ids) else feed
+
 
 class PackWriter:
     """Writes the pieces of a round one after another; `close` makes them readable."""
@@ -191,54 +203,5 @@ class PackWriter:
             shutil.rmtree(self._path.parent, ignore_errors=True)
 
 
-def vanished(old: Sequence[Records], new: Sequence[Records], kept: Sequence[Records]) -> Iterator[np.ndarray]:
-    """Id hashes that are in `old` and in neither of the others; ascending, in parts."""
-    for low, high in _ranges([*old, *new]):
-        gone = np.setdiff1d(_ids(old, low, high), _ids(new, low, high))
-        for records in kept:
-            gone = gone[~contained(gone, records.ids)]
-        if len(gone):
-            yield gone
-
-
-def repeated(new: Sequence[Records], kept: Sequence[Records]) -> list[np.ndarray]:
-    """For each of `new` the ascending numbers of rows whose id an earlier row of `new`, or one of `kept`, has.
-
-    Equal hashes count as equal ids.
-    """
-    found: list[list[np.ndarray]] = [[] for _ in new]
-    for low, high in _ranges(new):
-        parts = [records.cut(low, high) for records in new]
-        owners = np.repeat(np.arange(len(parts)), [len(part.ids) for part in parts])
-        ids, rows = np.concatenate([part.ids for part in parts]), np.concatenate([part.rows for part in parts])
-        order = np.argsort(ids, kind="stable")
-        ids, owners, rows = ids[order], owners[order], rows[order]
-        again = np.zeros(len(ids), bool)
-        again[1:] = ids[1:] == ids[:-1]
-        for records in kept:
-            others = records.cut(low, high).ids
-            again |= contained(ids, others[contained(others, ids)] if len(others) < len(ids) else others)
-        for number in np.unique(owners[again]):
-            found[number].append(rows[again & (owners == number)])
-    return [np.sort(np.concatenate(parts)) if parts else np.empty(0, np.uint32) for parts in found]
-
-
-def contained(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
-    """(n,) bool: which values are in the sorted array."""
-    if not len(ascending):
-        return np.zeros(len(values), bool)
-    place = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
-    return np.asarray(ascending[place] == values)
-
-
-def _ids(pieces: Sequence[Records], low: int, high: int) -> np.ndarray:
-    parts = [records.cut(low, high).ids for records in pieces]
-    return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
-
-
-def _ranges(pieces: Sequence[Records]) -> Iterator[tuple[int, int]]:
-    """The hash space in equal ranges of about RECORDS_AT_ONCE records."""
-    total = sum(len(piece.ids) for piece in pieces)
-    num = 1 + total // RECORDS_AT_ONCE
-    for number in range(num if total else 0):
-        yield number * 2**64 // num, (number + 1) * 2**64 // num
+def _described(pieces: Iterable[Piece]) -> list[list[Any]]:
+    return [[piece.pack, piece.start, piece.count] for piece in pieces]

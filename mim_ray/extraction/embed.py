@@ -22,6 +22,7 @@ from mim_ray.extraction.plan import Slice, Unit
 from mim_ray.extraction.read import Decoding, ShardReader, open_snapshot
 from mim_ray.extraction.write import ShardFile, write_shard
 from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.runtime.memory import keep_freed_memory
 
 Encode: TypeAlias = Callable[[Sequence[str | None], np.ndarray, np.ndarray], np.ndarray]
 """(titles, images uint8 (B, 3, S, S), has_image (B,)) -> float32 (B, D), rows of length 1."""
@@ -67,13 +68,11 @@ def load_encoder(
     # Here and not above: of all the job's processes only the actors need the model libraries, which load for seconds.
     import torch
 
-    from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
+    from mim_ray.encoders.item_encoder import encode_batch, load_for_tables
     from mim_ray.encoders.tuning import set_speed
 
-    encoder = ItemEncoder.load(uri)
+    encoder = load_for_tables(uri, "cuda" if use_gpu and torch.cuda.is_available() else "cpu")
     set_speed(encoder, precision, compile)
-    if use_gpu and torch.cuda.is_available():
-        encoder = encoder.cuda()
     return partial(encode_batch, encoder)
 
 
@@ -81,6 +80,7 @@ class ShardEncoder:
     """The actor's class. Calls of different units may run at once, one after another in the encoder."""
 
     def __init__(self, model: Model, decoder_cpus: float = 0.0) -> None:
+        keep_freed_memory()
         self._encode = model.load(model.encoder, model.use_gpu)
         self._decoder_cpus = decoder_cpus
         self._busy = threading.Lock()

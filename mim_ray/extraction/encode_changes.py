@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,12 +12,19 @@ import pyarrow as pa
 import ray
 
 from mim_ray import artifacts
-from mim_ray.extraction.changes import deletion_rows
+from mim_ray.config.scenario import Extraction
+from mim_ray.data.ids import hash_ids
 from mim_ray.extraction.chosen import ChosenRows, Gathered
+from mim_ray.extraction.comparison import Changes, deletion_rows
+from mim_ray.extraction.embed import Work
 from mim_ray.extraction.plan import Unit
-from mim_ray.extraction.write import ShardFile, read_rejects_file
+from mim_ray.extraction.read import Decoding
+from mim_ray.extraction.records import contained
+from mim_ray.extraction.write import Committer, ShardFile, read_rejects_file
 from mim_ray.representation_center.data_files import Fragment, write_fragment
 from mim_ray.representation_center.known_content import KnownContent
+from mim_ray.representation_center.table import EmbeddingTable
+from mim_ray.runtime.progress import Progress
 
 
 @dataclass
@@ -49,11 +57,69 @@ class Encoded:
         self.lost = deletion_rows(ids.filter(pa.array(there)).to_pylist(), state.content_at[there])
 
 
-def _described(part: ChosenRows) -> list[object]:
-    digest = hashlib.blake2b(digest_size=16)
-    for array in (part.rows, part.content_at):
-        digest.update(b"all" if array is None else np.ascontiguousarray(array).tobytes())
-    return [part.shard.source, part.shard.first_row, part.floor, digest.hexdigest()]
+def encode_changes(
+    changes: Changes,
+    known: KnownContent,
+    table: EmbeddingTable,
+    run: Callable[[Iterator[Unit], Work], Iterator[ShardFile]],
+    *,
+    rejects: str,
+    decoding: Decoding,
+    settings: Extraction,
+    warm_rows: int,
+    identity: str,
+    check: Callable[[], None],
+) -> Encoded:
+    """Encode and commit upserts and deletions: few changes in one commit, many as they are finished.
+
+    Args:
+        run: the encoder pool's. rejects: folder for files of rejects. identity: of what decides embeddings.
+        check: raises when commits are no longer allowed.
+    """
+    result = Encoded()
+    few = changes.num_to_encode <= warm_rows
+    fragments: list[Fragment] = []
+    if changes.changes:
+        snapshot = known.snapshot
+        exact = snapshot is not None and snapshot.dtype == "float32" and settings.reuse_snapshot
+        work = Work(
+            encoder_version=known.encoder_version,
+            decoding=decoding,
+            batch_size=settings.batch_size,
+            table=table.uri,
+            rejects=rejects,
+            snapshot=snapshot.uri if snapshot is not None and exact else None,
+        )
+        check()
+        with contextlib.ExitStack() as stack:
+            if not few:
+                committer = stack.enter_context(Committer(table, settings.commit_every_s))
+                progress = stack.enter_context(Progress("refresh", total=changes.num_to_encode, unit="items"))
+            for file in run(units(changes.changes, few, settings.shard_rows, identity), work):
+                result.add(file)
+                if few:
+                    fragments.append(file.fragment)
+                else:
+                    committer.add([file.fragment])
+                    progress.add(file.num_rows)
+    result.find_lost(known)
+    gone = pa.concat_tables([changes.deletions, result.lost])
+    if gone.num_rows and known.snapshot is not None:  # of nothing nothing is deleted
+        fragments.append(write_deletions(table.uri, known.encoder_version, gone, known.snapshot.width))
+    if fragments:
+        check()
+        table.commit(fragments)
+    return result
+
+
+def rejects_left(earlier: pa.Table, changes: Changes) -> pa.Table:
+    """Of the rejects of earlier rounds those whose rows did not change or vanish."""
+    void = np.unique(np.concatenate([np.empty(0, np.uint64), *changes.void_rejects]))
+    keep = ~contained(hash_ids(earlier["key"]), void)
+    for row, (key, reason) in enumerate(zip(earlier["key"].to_pylist(), earlier["reason"].to_pylist(), strict=True)):
+        if reason == "no item id":
+            keep[row] = key.rpartition(": row ")[0] in changes.kept
+    return earlier.filter(pa.array(keep))
 
 
 def units(changes: Sequence[ChosenRows], few: bool, max_shard_rows: int, identity: str) -> Iterator[Unit]:
@@ -68,6 +134,13 @@ def units(changes: Sequence[ChosenRows], few: bool, max_shard_rows: int, identit
         rows = Gathered(parts)
         content = artifacts.fingerprint(identity, shard_rows, [_described(part) for part in parts])
         yield Unit(rows, content, shard_rows, np.arange(0, rows.num_rows, shard_rows), np.empty(0, np.int64))
+
+
+def _described(part: ChosenRows) -> list[object]:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (part.rows, part.content_at):
+        digest.update(b"all" if array is None else np.ascontiguousarray(array).tobytes())
+    return [part.shard.source, part.shard.first_row, part.floor, digest.hexdigest()]
 
 
 def write_deletions(table: str, encoder_version: str, gone: pa.Table, width: int) -> Fragment:

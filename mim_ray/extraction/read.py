@@ -60,13 +60,6 @@ class Seen:
     bad: dict[str, BadImage] = field(default_factory=dict)  # hash of title and bytes -> why the picture is not used
 
 
-def read_shard(
-    unit: Unit, piece: Slice, decoding: Decoding, snapshot: Snapshot | None, rows: int
-) -> Iterator[pa.Table]:
-    """One shard, alone; see `ShardReader`, which reads the next one faster."""
-    yield from ShardReader(unit, decoding, snapshot, rows).read(piece)
-
-
 class ShardReader:
     """Shards of one unit in ascending order, as blocks of `prepare_items`; the file is read on from where it stands.
 

@@ -3,14 +3,13 @@
     with Refresher(items, center, encoder=…, …) as refresher:
         refresher.round()            # what changed since the last one; call it as often as you like
 
-A round finds changes (changes.py), encodes and commits them with their deletions, builds a snapshot where the table moved,
+A round finds changes (feed_changes.py, changes.py), encodes and commits them with their deletions, builds a snapshot where the table moved,
 and notes last what the catalogue said. Killed anywhere, the next round finds what is left: what was committed is known, so it
 is not encoded again. The encoder's actors (pool.py) stay alive between rounds.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -24,32 +23,31 @@ import ray
 
 from mim_ray import artifacts
 from mim_ray.config.scenario import Extraction, Refresh, Scenario
+from mim_ray.data.change_feed import FeedUnusableError
 from mim_ray.data.ids import hash_ids
-from mim_ray.data.listing import Listing, list_table, table_version
+from mim_ray.data.listing import Head, delta_head, list_table
 from mim_ray.data.rejects import read_rejects, reject_rows, write_rejects
 from mim_ray.data.sources import require_table
-from mim_ray.errors import DataError
-from mim_ray.extraction.catalogue_state import CatalogueState, PackWriter, StateStore, contained
-from mim_ray.extraction.changes import Changes, find_changes
+from mim_ray.extraction.catalogue_state import CatalogueState, PackWriter, StateStore
+from mim_ray.extraction.changes import find_changes
+from mim_ray.extraction.comparison import Changes, Looking
 from mim_ray.extraction.embed import Encode, Work, load_encoder
-from mim_ray.extraction.encode_changes import Encoded, units, write_deletions
+from mim_ray.extraction.encode_changes import encode_changes, rejects_left
+from mim_ray.extraction.feed_changes import find_feed_changes
 from mim_ray.extraction.plan import Unit
 from mim_ray.extraction.pool import EncoderPool
 from mim_ray.extraction.read import Decoding
 from mim_ray.extraction.run import decoding_of, describe_encoder, encoder_pool
 from mim_ray.extraction.scanners import Scanners
-from mim_ray.extraction.write import Committer, ShardFile
+from mim_ray.extraction.write import ShardFile
 from mim_ray.representation_center.build import build_snapshot
-from mim_ray.representation_center.data_files import Fragment
 from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.snapshot_line import POINTER, current_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.runtime.cluster import user_error
 from mim_ray.runtime.lease import Lease
-from mim_ray.runtime.progress import Progress
 
 STAGE = "refresh"
-MANY_DELETIONS = 100
 
 
 @dataclass(frozen=True)
@@ -175,71 +173,54 @@ class Refresher:
         """
         start, now = time.monotonic(), time.time_ns() // 1_000
         state, notes = self._usable_state(full)
-        done = Round()
-        if full or state is None or not self._is_same(state):
-            listing = list_table(self.items, "items")
-            done = self._apply(listing, state, now, full)
+        head = delta_head(self.items)
+        if full or state is None or head is None or (head.identity, head.version) != (state.identity, state.version):
+            done = self._apply(head, state, now, full, notes)
         else:
             done = Round(unchanged=state.num_rows)
         before = time.monotonic()
         snapshot, built = self._snapshot()
         end = time.monotonic()
-        return replace(done, seconds=end - start, snapshot=snapshot, built=built, snapshot_s=end - before, notes=notes)
+        return replace(
+            done, seconds=end - start, snapshot=snapshot, built=built, snapshot_s=end - before, notes=tuple(notes)
+        )
 
-    def _usable_state(self, full: bool) -> tuple[CatalogueState | None, tuple[str, ...]]:
+    def _usable_state(self, full: bool) -> tuple[CatalogueState | None, list[str]]:
         """The last state, if the catalogue may be compared with it, and why not."""
-        state = self._state
-        if state is None:
-            return None, ("No refresh before: the whole catalogue is compared with the table.",)
-        if state.catalogue != self.items:
-            return None, (f"The catalogue was {state.catalogue}: all of the new one is compared with the table.",)
-        if state.settings != self._identity:
-            return None, ("Settings that decide embeddings changed: the whole catalogue is compared with the table.",)
-        if self.table.version < state.table_version:
-            return None, ("The table is not the one of the last refresh: the whole catalogue is compared with it.",)
-        if full:
-            return state, ("The whole catalogue is compared with the table, as asked for.",)
-        return state, ()
+        if self._state is None:
+            return None, ["No refresh before: the whole catalogue is compared with the table."]
+        reason = self._state.unusable(self.items, self._identity, self.table.version)
+        if reason is not None:
+            return None, [f"{reason}: the whole catalogue is compared with the table."]
+        return self._state, ["The whole catalogue is compared with the table, as asked for."] if full else []
 
-    def _is_same(self, state: CatalogueState) -> bool:
-        """Whether the catalogue is a Delta table that has no new version."""
-        return table_version(self.items) == (state.identity, state.version)
-
-    def _apply(self, listing: Listing, state: CatalogueState | None, now: int, full: bool) -> Round:
-        if state is not None and state.identity != listing.identity:
+    def _apply(self, head: Head | None, state: CatalogueState | None, now: int, full: bool, notes: list[str]) -> Round:
+        if state is not None and head is not None and state.identity != head.identity:
             state = None  # dropped and made again under the same name
         self._snapshot(only_first=True)  # so that what is known is mapped, not loaded
         known = KnownContent(self.table, f"{self._center}/window", self.encoder_version, line=self.line)
         earlier = read_rejects(self._rejects, STAGE)
-        pack = PackWriter(self._store)
-        changes = find_changes(
-            listing,
-            state,
-            self._store,
-            pack,
-            self.table,
+        rejected = np.unique(hash_ids(earlier["key"]))
+        looking = Looking(self._decoding, rejected, now, self._refresh.warm_rows, self._scanners, full)
+        changes, next_state = self._find(head, state, known, looking, notes)
+        changes.check_deletions(self.items, known, self._refresh.max_deleted_ratio)
+        encoded = encode_changes(
+            changes,
             known,
-            self._decoding,
-            rejected=np.unique(hash_ids(earlier["key"])),
-            now=now,
+            self.table,
+            self._run,
+            rejects=f"{self._center}/refresh/{self.encoder_version}/rejects",
+            decoding=self._decoding,
+            settings=self._settings,
             warm_rows=self._refresh.warm_rows,
-            scanners=self._scanners,
-            full=full,
+            identity=self._identity,
+            check=self._lease.check,
         )
-        self._check_deletions(changes, known)
-        encoded = self._encode(changes, known)
         rejects = reject_rows(STAGE, "items", [*changes.rejects, *encoded.rejects])
-        self._write_rejects(earlier if state is not None and not full else earlier.slice(0, 0), rejects, changes)
-        self._state = CatalogueState(
-            catalogue=self.items,
-            identity=listing.identity,
-            version=listing.version,
-            settings=self._identity,
-            listed_at=now,
-            table_version=self.table.version,
-            num_rows=changes.num_rows,
-            files=changes.files,
-        )
+        left = rejects_left(earlier if state is not None and not full else earlier.slice(0, 0), changes)
+        if left.num_rows != earlier.num_rows or rejects.num_rows:
+            write_rejects(self._rejects, STAGE, pa.concat_tables([left, rejects]))
+        self._state = replace(next_state, table_version=self.table.version)
         self._lease.check()
         self._store.write(self._state)
         return Round(
@@ -253,52 +234,30 @@ class Refresher:
             rejected=dict(Counter(rejects["reason"].to_pylist())),
         )
 
-    def _check_deletions(self, changes: Changes, known: KnownContent) -> None:
-        gone = changes.deletions.num_rows
-        shown = known.snapshot.num_rows if known.snapshot is not None else 0
-        if gone > max(MANY_DELETIONS, self._refresh.max_deleted_ratio * shown):
-            raise DataError(
-                f"{self.items} lacks {gone:,} of {shown:,} known items, more than refresh.max_deleted_ratio = "
-                f"{self._refresh.max_deleted_ratio}. Nothing was changed. If they are really gone, run it once with "
-                "refresh.max_deleted_ratio=1."
-            )
-
-    def _encode(self, changes: Changes, known: KnownContent) -> Encoded:
-        """Encode and commit upserts and deletions: few changes in one commit, many as they are finished."""
-        result = Encoded()
-        few = changes.num_to_encode <= self._refresh.warm_rows
-        fragments: list[Fragment] = []
-        if changes.changes:
-            snapshot, settings = known.snapshot, self._settings
-            exact = snapshot is not None and snapshot.dtype == "float32" and settings.reuse_snapshot
-            work = Work(
-                encoder_version=self.encoder_version,
-                decoding=self._decoding,
-                batch_size=settings.batch_size,
-                table=self.table.uri,
-                rejects=f"{self._center}/refresh/{self.encoder_version}/rejects",
-                snapshot=snapshot.uri if snapshot is not None and exact else None,
-            )
-            self._lease.check()
-            with contextlib.ExitStack() as stack:
-                if not few:
-                    committer = stack.enter_context(Committer(self.table, settings.commit_every_s))
-                    progress = stack.enter_context(Progress("refresh", total=changes.num_to_encode, unit="items"))
-                for file in self._run(units(changes.changes, few, settings.shard_rows, self._identity), work):
-                    result.add(file)
-                    if few:
-                        fragments.append(file.fragment)
-                    else:
-                        committer.add([file.fragment])
-                        progress.add(file.num_rows)
-        result.find_lost(known)
-        gone = pa.concat_tables([changes.deletions, result.lost])
-        if gone.num_rows and known.snapshot is not None:  # of nothing nothing is deleted
-            fragments.append(write_deletions(self.table.uri, self.encoder_version, gone, known.snapshot.width))
-        if fragments:
-            self._lease.check()
-            self.table.commit(fragments)
-        return result
+    def _find(
+        self, head: Head | None, state: CatalogueState | None, known: KnownContent, looking: Looking, notes: list[str]
+    ) -> tuple[Changes, CatalogueState]:
+        """What changed, by the change feed if it tells, else by the files; and what to note at the end."""
+        pack = PackWriter(self._store)
+        if head is not None and state is not None and not looking.full:
+            try:
+                changes = find_feed_changes(head, state, self._store, pack, known, looking)
+                state = replace(state, version=head.version, listed_at=looking.now)
+                return changes, replace(state, num_rows=changes.num_rows, feed=changes.feed)
+            except FeedUnusableError as error:
+                notes.append(f"The catalogue's files are compared: {error}.")
+        listing = list_table(self.items, "items")
+        changes = find_changes(listing, state, self._store, pack, self.table, known, looking)
+        return changes, CatalogueState(
+            catalogue=self.items,
+            identity=listing.identity,
+            version=listing.version,
+            settings=self._identity,
+            listed_at=looking.now,
+            table_version=self.table.version,
+            num_rows=changes.num_rows,
+            files=changes.files,
+        )
 
     def _run(self, units: Iterator[Unit], work: Work) -> Iterator[ShardFile]:
         try:
@@ -311,19 +270,6 @@ class Refresher:
             if cause is None:
                 raise
             raise cause from None
-
-    def _write_rejects(self, earlier: pa.Table, rejects: pa.Table, changes: Changes) -> None:
-        """What is rejected now: what was, less what changed or vanished, and this round's."""
-        void = np.unique(np.concatenate([np.empty(0, np.uint64), *changes.void_rejects]))
-        keep = ~contained(hash_ids(earlier["key"]), void)
-        for row, (key, reason) in enumerate(
-            zip(earlier["key"].to_pylist(), earlier["reason"].to_pylist(), strict=True)
-        ):
-            if reason == "no item id":
-                keep[row] = key.rpartition(": row ")[0] in changes.kept
-        left = pa.concat_tables([earlier.filter(pa.array(keep)), rejects])
-        if left.num_rows != earlier.num_rows or rejects.num_rows or not keep.all():
-            write_rejects(self._rejects, STAGE, left)
 
     def _snapshot(self, *, only_first: bool = False) -> tuple[str | None, bool]:
         """(id of the newest snapshot, whether it was built now), which is done where the table has newer rows."""

@@ -26,8 +26,9 @@ from mim_ray.data.transforms import PictureFormat
 from mim_ray.errors import ArtifactError
 from mim_ray.extraction.embed import Encode, Model, Work, load_encoder
 from mim_ray.extraction.plan import plan
-from mim_ray.extraction.pool import EncoderPool, shares
+from mim_ray.extraction.pool import EncoderPool
 from mim_ray.extraction.read import Decoding
+from mim_ray.extraction.schedule import shares
 from mim_ray.extraction.write import STAGE, Committer, read_rejects_of
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.snapshot import Snapshot

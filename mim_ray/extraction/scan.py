@@ -13,8 +13,8 @@ from mim_ray.data.ids import hash_ids
 from mim_ray.data.image_files import ImageFiles
 from mim_ray.data.sources import Shard
 from mim_ray.data.transforms import BadImage, content_hash
-from mim_ray.extraction.catalogue_state import Records, contained
 from mim_ray.extraction.read import COLUMNS, Decoding, clean_item_title
+from mim_ray.extraction.records import Records, contained
 from mim_ray.representation_center.table import times
 
 MAX_CARRIED_BYTES = 32 * 2**20
@@ -22,10 +22,10 @@ MAX_CARRIED_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Scanned:
-    """A slice of a catalogue file.
+    """Rows of a slice of a catalogue file.
 
     Attributes:
-        records: of all rows with an id. num_rows: of all rows.
+        records: of the rows with an id. num_rows: of the slice.
         rows: (n,) int64 numbers in the slice of the candidates: rows that were not seen before with this content.
         ids, hashes: their item ids and content hashes, if the picture can be used. title_hashes: if it cannot.
         created_at: (n,) int64 microseconds, NO_TIME where the catalogue names none.
@@ -44,18 +44,24 @@ class Scanned:
 
 
 def scan(
-    shard: Shard, seen: np.ndarray | None, decoding: Decoding, max_carried_rows: int
+    shard: Shard,
+    seen: np.ndarray | None,
+    decoding: Decoding,
+    max_carried_rows: int,
+    only: np.ndarray | None = None,
 ) -> tuple[Scanned, pa.Table | None]:
     """Compare a slice's rows with what was seen.
 
     Args:
         seen: ascending `Records.pairs` of the files that this and others replace; None: all rows are candidates.
         max_carried_rows: the candidates' content is returned too, where there are no more of them and they are not large.
+        only: ascending numbers of the rows that count; None: all.
 
     Returns:
         what was found, and the candidates' rows of `COLUMNS` or None.
     """
-    table = shard.read(COLUMNS)
+    table = shard.read(COLUMNS) if only is None else shard.read(COLUMNS).take(pa.array(only))
+    places = np.arange(table.num_rows) if only is None else only
     has_id = ~is_blank(table["item_id"])
     titles = [clean_item_title(title, decoding.max_title_chars) for title in table["title"].to_pylist()]
     images = _binaries(table["image"])
@@ -81,14 +87,14 @@ def scan(
             hashes[place] = content_hash(titles[row], None if isinstance(image, BadImage) else image)
     few = len(rows) <= max_carried_rows and sum(len(images[row] or b"") for row in rows) <= MAX_CARRIED_BYTES
     scanned = Scanned(
-        records,
-        table.num_rows,
-        rows,
+        Records(records.ids, records.contents, places[records.rows].astype(np.uint32)),
+        shard.num_rows,
+        places[rows],
         table["item_id"].take(chosen).combine_chunks(),
         pa.array(hashes, pa.string()),
         pa.array([content_hash(titles[row], None) for row in rows], pa.string()),
         times(table["created_at"])[rows],
-        np.flatnonzero(~has_id),
+        places[~has_id],
         few,
     )
     return scanned, table.take(chosen) if few else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,18 @@ HERE_ROWS = 10_000  # fewer are looked at in this process
 MAX_SCANNERS = 64
 
 
+@dataclass(frozen=True)
+class Looked:
+    """What is looked at of a slice: all of its rows, or those with the numbers `rows` (ascending)."""
+
+    shard: Shard
+    rows: np.ndarray | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.shard.num_rows if self.rows is None else len(self.rows)
+
+
 class Scanners:
     """Actors that take no CPU of Ray's count: looking is short, and goes on beside the encoders that hold the CPUs.
 
@@ -27,21 +40,21 @@ class Scanners:
         self._actors: list[Any] = []
 
     def scan(
-        self, shards: Sequence[Shard], seen: np.ndarray | None, decoding: Decoding, max_carried_rows: int
+        self, slices: Sequence[Looked], seen: np.ndarray | None, decoding: Decoding, max_carried_rows: int
     ) -> Iterator[tuple[Shard, Scanned, Any]]:
         """Each slice with what `scan.scan` finds, in order; the content carried is in the object store, or None."""
-        if sum(shard.num_rows for shard in shards) <= HERE_ROWS:
-            for shard in shards:
-                scanned, carried = scan(shard, seen, decoding, max_carried_rows)
-                yield shard, scanned, None if carried is None else ray.put(carried)
+        if sum(part.num_rows for part in slices) <= HERE_ROWS:
+            for part in slices:
+                scanned, carried = scan(part.shard, seen, decoding, max_carried_rows, part.rows)
+                yield part.shard, scanned, None if carried is None else ray.put(carried)
             return
-        self.start(len(shards))
+        self.start(len(slices))
         shared = ray.put(seen)
         waiting: deque[tuple[Shard, Any, Any]] = deque()
-        for number, shard in enumerate(shards):
+        for number, part in enumerate(slices):
             actor = self._actors[number % len(self._actors)]
-            scanned, carried = actor.scan.remote(shard, shared, decoding, max_carried_rows)
-            waiting.append((shard, scanned, carried))
+            scanned, carried = actor.scan.remote(part.shard, shared, decoding, max_carried_rows, part.rows)
+            waiting.append((part.shard, scanned, carried))
             if len(waiting) >= 2 * len(self._actors):
                 yield _result(*waiting.popleft())
         while waiting:

@@ -92,6 +92,12 @@ def snapshot_uri(layout: Layout, content: str) -> str | None:
     return str(artifacts.read_json(f"{layout.stage('extraction')}/{artifacts.MANIFEST}")["metrics"]["snapshot"])
 
 
+def reference_snapshot(layout: Layout) -> str | None:
+    """Snapshot behind the evaluation's mean cosine: what the run's extraction left, also when only base models are judged."""
+    manifest = artifacts.read_manifest(layout.stage("extraction"))
+    return None if manifest is None else str(manifest.metrics["snapshot"])
+
+
 def _shop(scenario: Scenario, layout: Layout) -> StageResult:
     result = synthetic.run(scenario, output=layout.stage("shop"))
     styles = pq.read_table(artifacts.local_copy(f"{layout.stage('shop')}/truth/styles.parquet"))
@@ -156,6 +162,7 @@ def _evaluation(scenario: Scenario, layout: Layout) -> StageResult:
         samples=layout.samples,
         variants={variant: layout.stage(f"ctr/{variant}") for variant in variants},
         snapshots={variant: snapshot_uri(layout, variant.partition("-")[2]) for variant in variants},
+        snapshot=reference_snapshot(layout),
         truth=layout.true_probs if scenario.data.root is None else None,
         output=layout.stage("evaluation"),
     )

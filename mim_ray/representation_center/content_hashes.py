@@ -5,6 +5,7 @@ A hash is 32 hex digits in lower case (`data.transforms.content_hash`); anything
 
 from __future__ import annotations
 
+import binascii
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +59,21 @@ def content_digests(hashes: Ids) -> tuple[np.ndarray, np.ndarray]:
     digests = np.zeros((len(array), DIGEST_BYTES), np.uint8)
     right = np.asarray(pc.fill_null(pc.equal(pc.binary_length(array), 2 * DIGEST_BYTES), False), bool)
     characters, _ = concatenated(array.filter(pa.array(right)))
-    values = _VALUES[characters].reshape(-1, 2 * DIGEST_BYTES)
-    digests[right] = np.where((values < 16).all(axis=1)[:, None], (values[:, ::2] << 4) | (values[:, 1::2] & 15), 0)
+    digests[right] = _all_digests(characters)
     return digests, np.asarray(digests.any(axis=1))
+
+
+def _all_digests(characters: np.ndarray) -> np.ndarray:
+    """(n, 16) uint8 of (32n,) uint8 characters."""
+    text = characters.tobytes()
+    try:
+        found = binascii.unhexlify(text)
+    except binascii.Error:
+        found = b""
+    if binascii.hexlify(found) == text:  # all are digits in lower case
+        return np.frombuffer(found, np.uint8).reshape(-1, DIGEST_BYTES)
+    values = _VALUES[characters].reshape(-1, 2 * DIGEST_BYTES)
+    return np.where((values < 16).all(axis=1)[:, None], (values[:, ::2] << 4) | (values[:, 1::2] & 15), 0)
 
 
 def content_hash_strings(digests: np.ndarray, known: np.ndarray) -> pa.StringArray:

@@ -57,12 +57,17 @@ class KeyIndex:
     @property
     def ids(self) -> pa.LargeStringArray:
         """(N,) the ids in row order; their bytes are not copied, 8 bytes of offset are made for each."""
-        lengths = np.diff(self.offsets)  # modulo 2^32, as the offsets
-        starts = np.empty(len(self) + 1, np.int64)
-        starts[0] = self._starts(np.zeros(1, np.int64), self.offsets[:1])[0]
+        return self.ids_between(0, len(self))
+
+    def ids_between(self, first: int, end: int) -> pa.LargeStringArray:
+        """(end - first,) the ids of those rows, as `ids`."""
+        offsets = self.offsets[first : end + 1]
+        lengths = np.diff(offsets)  # modulo 2^32, as the offsets
+        starts = np.empty(end - first + 1, np.int64)
+        starts[0] = self._starts(np.array([first]), offsets[:1])[0]
         np.cumsum(lengths, out=starts[1:], dtype=np.int64)
         starts[1:] += starts[0]
-        return pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(starts), pa.py_buffer(self.key_bytes))
+        return pa.LargeStringArray.from_buffers(end - first, pa.py_buffer(starts), pa.py_buffer(self.key_bytes))
 
     def find(self, ids: Ids, hashes: np.ndarray | None = None) -> np.ndarray:
         """(n,) int64 row of each id; -1 for an unknown or null one.

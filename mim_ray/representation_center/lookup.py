@@ -27,11 +27,11 @@ from deltalake.exceptions import DeltaError
 
 from mim_ray.data.ids import hash_ids
 from mim_ray.errors import ArtifactError, MimRayError
-from mim_ray.representation_center.build import embedding_matrix
 from mim_ray.representation_center.current_rows import current_row_numbers, times
 from mim_ray.representation_center.deletions import Deletions
 from mim_ray.representation_center.key_index import shard_of, string_array
 from mim_ray.representation_center.layered_rows import LayeredRows
+from mim_ray.representation_center.log_rows import embedding_matrix
 from mim_ray.representation_center.overlay import DTYPES, Overlay
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
@@ -77,7 +77,7 @@ class EmbeddingLookup(LayeredRows):
         self._window = None if window is None else WindowTail(window, version)
         self._source = table
         self._table = None if table is None else TableTail(table, version, snapshot.delta_version)
-        self._deletions = Deletions(table, version, snapshot.delta_version, shard)
+        self._deletions = Deletions.until(table, version, snapshot.delta_version, shard)
         self._table_every_s, self._table_at = table_every_s, float("-inf")
         self._source_names: list[str] = []
         self._source_numbers: dict[str, int] = {}

@@ -35,8 +35,9 @@ from mim_ray.representation_center.buckets import GROUP_BITS, Buckets
 from mim_ray.representation_center.content_hashes import ContentIndex, content_hash_strings
 from mim_ray.representation_center.key_index import KEY_PADDING, KeyIndex, shard_start
 from mim_ray.representation_center.snapshot_files import MANIFEST, SnapshotFiles, read_manifest
+from mim_ray.representation_center.snapshot_from_rows import write_snapshot
 from mim_ray.representation_center.snapshot_line import POINTER, current_snapshot
-from mim_ray.representation_center.snapshot_writer import DTYPES, NO_TIME, write_snapshot
+from mim_ray.representation_center.stored_rows import DTYPES, NO_TIME, StoredRows
 
 __all__ = ["DTYPES", "NO_TIME", "Snapshot", "write_snapshot"]
 
@@ -59,6 +60,10 @@ class Snapshot:
         self.width: int = manifest["width"]
         self.dtype: str = manifest["dtype"]
         self.total_rows: int = manifest["rows"]
+        self.base: str | None = manifest.get("base")
+        """Id of the state from which this one was made with the log's rows since; None: from the whole log."""
+        self.whole_log_because: str | None = manifest.get("whole_log_because")
+        """Why it was made from the whole log."""
         self.shard = shard
         self._files = files
         first, end = (0, self.total_rows) if shard is None else _row_range(files, manifest, shard)
@@ -165,6 +170,17 @@ class Snapshot:
             if len(flat) and flat.min() < 0:
                 result[flat < 0] = 0
         return result.reshape((*np.shape(rows), self.width))
+
+    def stored_rows(self, first: int, end: int) -> StoredRows:
+        """Rows [first, end) as they are mapped."""
+        return StoredRows(
+            self.hashes[first:end],
+            self._index.ids_between(first, end),
+            self.matrix[first:end],
+            None if self.scales is None else self.scales[first:end],
+            None if self.content_at is None else self.content_at[first:end],
+            self._contents().digests[first:end] if "content.bin" in self._files else None,
+        )
 
     def content_hashes(self, rows: np.ndarray) -> pa.StringArray:
         """(n,) content hash of each row, 32 hex digits; null where unknown and where the row is -1."""

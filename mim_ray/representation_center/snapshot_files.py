@@ -1,7 +1,7 @@
 """The files of one snapshot state: its manifest, checksums of blocks, and mapping a range of a file.
 
     manifest = read_manifest(uri)                                    # refused when damaged or of another format
-    with BlockWriter(path) as file: file.write(array)                # manifest entry afterwards: file.entry
+    with BlockWriter(path, hashing) as file: file.write(array)       # manifest entry afterwards: file.entry
     source = SnapshotFiles(uri, manifest, verify=True)
     array = source.map("matrix.bin", first_byte, end_byte)           # uint8; a remote file's blocks are downloaded
 
@@ -19,8 +19,9 @@ import json
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,11 +37,20 @@ MANIFEST = "manifest.json"
 BLOCK_BYTES = 2**24
 CACHED_STATES = 3
 _READ_BYTES = 2**20
+_UNHASHED_WRITES = 2  # of a file, that wait for their checksum: what is waiting is in memory
+_SYNCS_AT_ONCE = 8
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write manifest.json with its own checksum."""
     (folder / MANIFEST).write_text(json.dumps({**manifest, "checksum": _manifest_checksum(manifest)}, indent=1))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's files safe against a power cut, together: so the disk is waited for once."""
+    with ThreadPoolExecutor(_SYNCS_AT_ONCE) as pool:
+        list(pool.map(artifacts.sync, [*_data_files(folder), folder / MANIFEST]))
+    artifacts.sync(folder)
 
 
 def read_manifest(uri: str) -> dict[str, Any]:
@@ -64,10 +74,16 @@ def read_manifest(uri: str) -> dict[str, Any]:
 
 
 class BlockWriter:
-    """Writes a file from its beginning to its end and keeps the checksums of its blocks."""
+    """Writes a file from its beginning to its end and keeps the checksums of its blocks.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        hashing: one thread, which computes the checksums beside the writing.
+    """
+
+    def __init__(self, path: Path, hashing: ThreadPoolExecutor) -> None:
         self._file = path.open("wb")
+        self._hashing = hashing
+        self._unhashed: deque[Future[None]] = deque()
         self._digest = _digest()
         self._in_block = 0
         self.num_bytes = 0
@@ -79,14 +95,18 @@ class BlockWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
 
     def write(self, array: np.ndarray) -> None:
+        """Add an array, which must stay as it is until `entry` was asked for."""
         view = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        if len(self._unhashed) == _UNHASHED_WRITES:
+            self._unhashed.popleft().result()
+        self._unhashed.append(self._hashing.submit(self._hash, view))
         self._file.write(view)
         self.num_bytes += len(view)
+
+    def _hash(self, view: memoryview) -> None:
         while len(view):
             piece = view[: BLOCK_BYTES - self._in_block]
             self._digest.update(piece)
@@ -102,6 +122,8 @@ class BlockWriter:
     @property
     def entry(self) -> dict[str, Any]:
         """The file's entry in the manifest, when all is written."""
+        while self._unhashed:
+            self._unhashed.popleft().result()
         if self._in_block:
             self._end_block()
         return {"bytes": self.num_bytes, "checksums": self._checksums}

@@ -1,8 +1,7 @@
 """Writes a snapshot state beside the current one of its line and switches the line to it (layout: snapshot.py).
 
-    write_snapshot(line, ids, matrix, encoder_version="csft-…")          # what is in memory, or comes in batches
-    with SnapshotWriter(line, …) as writer:                             # what comes sorted, in pieces of any size
-        writer.append(hashes, ids, matrix, …)
+    with SnapshotWriter(line, …) as writer:                             # rows come sorted, in pieces of any size
+        writer.append(hashes, ids, matrix, …)                           # or writer.write(StoredRows(…))
         writer.publish()
 
 Killed at any moment, or without room on the disk, the state that was current stays current.
@@ -10,28 +9,25 @@ Killed at any moment, or without room on the disk, the state that was current st
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from mim_ray import artifacts
-from mim_ray.data.ids import Ids, hash_ids
 from mim_ray.errors import ArtifactError, MimRayError
 from mim_ray.representation_center import snapshot_files
 from mim_ray.representation_center.buckets import BucketFile
-from mim_ray.representation_center.content_hashes import ContentIndexWriter, content_digests
+from mim_ray.representation_center.content_hashes import ContentIndexWriter
 from mim_ray.representation_center.key_index import (
     KEY_PADDING,
     concatenated,
-    sorted_order,
-    string_array,
     wrap_rows,
 )
-from mim_ray.representation_center.snapshot_files import FORMAT, BlockWriter, upload, write_manifest
+from mim_ray.representation_center.snapshot_files import FORMAT, BlockWriter, sync_folder, upload, write_manifest
 from mim_ray.representation_center.snapshot_line import (
     POINTER,
     BuildingFolder,
@@ -41,77 +37,9 @@ from mim_ray.representation_center.snapshot_line import (
     snapshot_ids,
     switch_snapshot,
 )
+from mim_ray.representation_center.stored_rows import DTYPES, PIECE_ROWS, StoredRows
 
-DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
-NO_TIME = np.iinfo(np.int64).min  # content_at of a row whose content has no time: older than everything
 MEMORY_BYTES = 2**28
-_PIECE_ROWS = 2**15
-
-
-def write_snapshot(
-    line: str,
-    ids: Ids,
-    matrix: np.ndarray | Iterable[np.ndarray],
-    *,
-    encoder_version: str,
-    delta_version: int = -1,
-    width: int | None = None,
-    dtype: str = "float32",
-    content_at: np.ndarray | None = None,
-    content_hashes: Ids | None = None,
-    keep: int = 3,
-) -> str:
-    """Write a state of the line and switch to it; the state's URI.
-
-    Args:
-        line: URI of the line.
-        ids: (N,) item ids, each once, in any order.
-        matrix: (N, D) in the order of the ids, whole or as batches of rows that follow each other (so that the rows
-            need not be in memory together; `width` is needed then).
-        encoder_version: the encoder that made the vectors; "none" for tables that are no embeddings.
-        delta_version: the table's version shown, -1 if no table.
-        dtype: "float32", "float16", or "int8" with a scale for each row.
-        content_at: (N,) int64 microseconds; `NO_TIME` for unknown.
-        content_hashes: (N,) 32 hex digits each, null where unknown.
-        keep: how many states stay for a roll-back, this one included (`prune_snapshots`).
-
-    Raises:
-        ArtifactError: an id null or there twice, rows of another number or width, or a value that is not finite.
-    """
-    keys = string_array(ids)
-    try:
-        hashes = hash_ids(keys)
-        order = sorted_order(keys, hashes)
-    except ValueError as error:
-        raise ArtifactError(f"Snapshot {line}: {error}. Each item needs one row.") from None
-    if width is None:
-        if not isinstance(matrix, np.ndarray):
-            raise ArtifactError(f"Snapshot {line}: `width` is missing, which batches of rows need.")
-        width = matrix.shape[1]
-    digests = None if content_hashes is None else content_digests(content_hashes)[0]
-    with SnapshotWriter(
-        line,
-        encoder_version=encoder_version,
-        delta_version=delta_version,
-        width=width,
-        dtype=dtype,
-        most_rows=len(keys),
-        has_times=content_at is not None,
-        has_contents=digests is not None,
-    ) as writer:
-        rows = matrix if isinstance(matrix, np.ndarray) else writer.stored(matrix, len(keys))
-        if rows.shape != (len(keys), width):
-            raise ArtifactError(f"Snapshot {line}: rows of shape {rows.shape} for {len(keys)} ids of width {width}.")
-        for start in range(0, len(keys), _PIECE_ROWS):
-            piece = order[start : start + _PIECE_ROWS]
-            writer.append(
-                hashes[piece],
-                keys.take(pa.array(piece)),
-                rows[piece],
-                content_at=None if content_at is None else np.asarray(content_at, np.int64)[piece],
-                digests=None if digests is None else digests[piece],
-            )
-        return writer.publish(keep=keep)
 
 
 class SnapshotWriter:
@@ -119,7 +47,8 @@ class SnapshotWriter:
 
     Args:
         most_rows: upper bound of the number of rows, for the memory that sorting the contents takes.
-        has_times, has_contents: whether `append` is given content_at and digests.
+        has_times, has_contents: whether the rows have content_at and digests.
+        origin: more entries of the manifest, which say what the rows were made from.
     """
 
     def __init__(
@@ -134,19 +63,21 @@ class SnapshotWriter:
         has_times: bool,
         has_contents: bool,
         memory_bytes: int = MEMORY_BYTES,
+        origin: Mapping[str, str | None] | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ArtifactError(f"Snapshot {line}: dtype {dtype!r} is none of {', '.join(DTYPES)}.")
         self.line = line.rstrip("/")
         self.snapshot_id = new_snapshot_id()
         self._width, self._dtype = width, dtype
-        self._facts = {"encoder_version": encoder_version, "delta_version": int(delta_version)}
+        self._facts = {"encoder_version": encoder_version, "delta_version": int(delta_version), **(origin or {})}
         self._local = artifacts.local_path(self.line)
         self._before = current_snapshot(self.line)
         self._states_before = snapshot_ids(self.line)
         self._building = BuildingFolder(self._local, self.snapshot_id)
         self.folder = self._building.path
         self._stack = ExitStack()
+        self._hashing = self._stack.enter_context(ThreadPoolExecutor(1))
         names = ["hashes.bin", "offsets.bin", "keys.bin", "matrix.bin"]
         names += ["scales.bin"] * (dtype == "int8") + ["content_at.bin"] * has_times + ["content.bin"] * has_contents
         self._files: dict[str, BlockWriter] = {}
@@ -192,42 +123,40 @@ class SnapshotWriter:
         Raises:
             ArtifactError: a value that is not finite, or cannot be said in the dtype.
         """
+        for start in range(0, len(hashes), PIECE_ROWS):
+            piece = slice(start, start + PIECE_ROWS)
+            rows = StoredRows.encoded(
+                hashes[piece],
+                ids[piece],
+                matrix[piece],
+                dtype=self._dtype,
+                source=f"Snapshot {self.line}",
+                content_at=None if content_at is None else content_at[piece],
+                digests=None if digests is None else digests[piece],
+            )
+            self.write(rows)
+
+    def write(self, rows: StoredRows) -> None:
+        """Add rows behind those that are there. Their arrays must stay as they are until the state is published."""
         per_block = snapshot_files.BLOCK_BYTES // 8
-        firsts = range(-self._num_rows % per_block, len(hashes), per_block)
-        self._block_hashes += [f"{int(hashes[row]):016x}" for row in firsts]
-        key_bytes, lengths = concatenated(ids)
+        firsts = range(-self._num_rows % per_block, len(rows), per_block)
+        self._block_hashes += [f"{int(rows.hashes[row]):016x}" for row in firsts]
+        key_bytes, lengths = concatenated(rows.ids)
         starts = self._num_key_bytes + np.cumsum(lengths) - lengths
         self._note_wraps(starts)
-        self._files["hashes.bin"].write(hashes)
+        self._files["hashes.bin"].write(rows.hashes)
         self._files["offsets.bin"].write(starts.astype(np.uint32))
         self._files["keys.bin"].write(key_bytes)
-        for start in range(0, len(matrix), _PIECE_ROWS):
-            self._write_rows(matrix[start : start + _PIECE_ROWS])
-        if content_at is not None:
-            self._files["content_at.bin"].write(np.asarray(content_at, np.int64))
-        if digests is not None and self._contents is not None:
-            self._files["content.bin"].write(digests)
-            self._contents.append(digests, self._num_rows)
-        self._num_rows += len(hashes)
+        self._files["matrix.bin"].write(rows.matrix)
+        if rows.scales is not None:
+            self._files["scales.bin"].write(rows.scales)
+        if rows.content_at is not None:
+            self._files["content_at.bin"].write(rows.content_at)
+        if rows.digests is not None and self._contents is not None:
+            self._files["content.bin"].write(rows.digests)
+            self._contents.append(rows.digests, self._num_rows)
+        self._num_rows += len(rows)
         self._num_key_bytes += len(key_bytes)
-
-    def stored(self, batches: Iterable[np.ndarray], num_rows: int) -> np.ndarray:
-        """The joined batches as one (num_rows, D) float32 array in a file of the folder."""
-        if not num_rows:
-            return np.empty((0, self._width), np.float32)
-        path = self.folder / "rows-in-order"
-        out = np.memmap(path, np.float32, mode="w+", shape=(num_rows, self._width))
-        path.unlink()  # it lives as long as the mapping
-        done = 0
-        for batch in batches:
-            if batch.ndim != 2 or batch.shape[1] != self._width or done + len(batch) > num_rows:
-                text = f"rows of shape {batch.shape} at row {done}; expected {num_rows} rows of width {self._width}."
-                raise ArtifactError(f"Snapshot {self.line}: {text}")
-            out[done : done + len(batch)] = batch
-            done += len(batch)
-        if done != num_rows:
-            raise ArtifactError(f"Snapshot {self.line}: {done} rows for {num_rows} ids.")
-        return np.asarray(out)
 
     def publish(self, *, keep: int = 3) -> str:
         """Complete the state, make it current, and delete states beyond the newest `keep`; the state's URI.
@@ -262,6 +191,7 @@ class SnapshotWriter:
         write_manifest(self.folder, manifest)
         uri = f"{self.line}/{self.snapshot_id}"
         if self._local is not None:
+            sync_folder(self.folder)
             self._building.publish(self._local / self.snapshot_id)
         else:
             self._upload(uri)
@@ -276,23 +206,8 @@ class SnapshotWriter:
             self._wraps += wrap_rows(starts, self._num_rows, self._last_start)
             self._last_start = int(starts[-1])
 
-    def _write_rows(self, matrix: np.ndarray) -> None:
-        if self._dtype == "int8":
-            scales = np.abs(matrix).max(axis=1, initial=0.0).astype(np.float32) / np.float32(127)
-            rows = np.rint(matrix / np.where(scales > 0, scales, 1)[:, None])
-            finite = np.isfinite(scales).all()
-            self._files["scales.bin"].write(scales)
-        else:
-            with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, which is refused below
-                rows = matrix.astype(DTYPES[self._dtype])
-            finite = np.isfinite(rows).all()
-        if not finite:
-            text = f"an embedding near row {self._num_rows} is not finite in {self._dtype}. Embed the items again."
-            raise ArtifactError(f"Snapshot {self.line}: {text}")
-        self._files["matrix.bin"].write(rows.astype(DTYPES[self._dtype], copy=False))
-
     def _open(self, name: str) -> BlockWriter:
-        self._files[name] = self._stack.enter_context(BlockWriter(self.folder / name))
+        self._files[name] = self._stack.enter_context(BlockWriter(self.folder / name, self._hashing))
         return self._files[name]
 
     def _upload(self, uri: str) -> None:

@@ -112,14 +112,6 @@ def list_segments(window: str, encoder_version: str) -> list[str]:
     return list(window_folder.find_segments(window, encoder_version))
 
 
-def read_segment(window: str, encoder_version: str, segment_id: str) -> pa.Table:
-    """
-    Raises:
-        ArtifactError: it is gone (folded and deleted) or damaged.
-    """
-    return _read(window_folder.segment_uri(window, encoder_version, segment_id))
-
-
 class WindowTail:
     """Follows one encoder version's folder. A poll lists only the ten-second folders that changed; where nothing is new it
     costs a stat for each of them locally, one listing elsewhere."""

@@ -26,7 +26,7 @@ from mim_ray import artifacts
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import Data, ParameterMachines, Serving
 from mim_ray.data.transforms import BadImage, clean_title, content_hash, decode_image
-from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
+from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch, load_for_tables
 from mim_ray.errors import ArtifactError, RequestError
 from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.new_items import Push, store_new_items
@@ -222,10 +222,9 @@ class NewItemReplica:
 
     def __init__(self, served: Served, limits: Data, serving: Serving, machines: ParameterMachines) -> None:
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
-        encoder = ItemEncoder.load(served.encoder)
+        on_gpu = serving.gpus_per_replica > 0 and torch.cuda.is_available()
+        encoder = load_for_tables(served.encoder, "cuda" if on_gpu else "cpu")
         _check_encoder(served, encoder.encoder_version)
-        if serving.gpus_per_replica > 0:
-            encoder = encoder.to("cuda" if torch.cuda.is_available() else "cpu")
         push = None if machines.state is None else ParameterClient(machines.state, machines).push
         self._encoder = NewItemEncoder(encoder, served.center, limits, push=push)
         self._serving = serving

@@ -47,11 +47,11 @@ def test_both_sides_make_the_same_embeddings(modules: dict[str, ModuleType], tmp
     assert ids == [f"item-{row:09d}" for row in range(3)]
     from mim_ray.extraction.embed import embed, load_encoder
     from mim_ray.extraction.plan import plan
-    from mim_ray.extraction.read import Decoding, read_shard
+    from mim_ray.extraction.read import Decoding, ShardReader
 
     (unit,) = plan(made.items, 64, []).units(set())
     decoding = Decoding(sides._WORKER["picture"], 10**6, 10**6, 10, "/nowhere")
-    (block,) = read_shard(unit, unit.slices[0], decoding, None, 16)
+    (block,) = ShardReader(unit, decoding, None, 16).read(unit.slices[0])
     ours = np.array(embed(block, load_encoder(made.encoder, False), 224)["embedding"].to_pylist())
     np.testing.assert_allclose(ours, vectors, atol=1e-5)
 
@@ -86,7 +86,7 @@ def test_report_has_every_key_and_its_table_tells_a_missed_goal(
             pass
 
         def seconds(self, items: str, encode: bool) -> float:
-            return {"extract": 2.0, "process_pool": 1.7, "daft": 4.0}[self.name]
+            return {"extract": 2.0, "process_pool": 1.7, "daft": 4.0, "daft_threads": 3.0}[self.name]
 
         def close(self) -> None:
             pass
@@ -104,4 +104,8 @@ def test_report_has_every_key_and_its_table_tells_a_missed_goal(
     assert "pss_10m_over_100k" not in report["goals"]
     if report["vs_daft"] is not None:  # a peer that is not installed is not measured
         assert report["goals"]["vs_daft"] == {"goal": ">= 1", "met": True}
+        assert (report["vs_daft"], report["details"]["vs_daft"]["way"]) == (
+            1.5,
+            "daft_threads",
+        )  # the faster of the two
     assert {"cpu", "cpus", "versions", "command", "measured_at", "git_commit"} <= set(report["machine"])

@@ -67,6 +67,7 @@ def test_content_is_learnt_and_every_row_predicted(models: dict[str, str], small
         samples=small_shop.samples,
         variants=models,
         snapshots=snapshots,
+        snapshot=small_shop.snapshot,
         truth=small_shop.truth,
         output=str(tmp_path),
     )
@@ -105,6 +106,7 @@ def test_rows_without_a_label_are_predicted_but_not_judged(
         samples=str(samples),
         variants={"sim-base": models["sim-base"]},
         snapshots={"sim-base": None},
+        snapshot=None,
         truth=None,
         output=str(tmp_path),
     )
@@ -131,6 +133,7 @@ def test_content_that_has_nothing_to_do_with_clicks_changes_nothing(
         samples=samples,
         variants={variant: f"{tmp_path}/{variant}" for variant in snapshots},
         snapshots=snapshots,
+        snapshot=indifferent_shop.snapshot,
         truth=None,
         output=str(tmp_path),
     )
@@ -222,6 +225,7 @@ def test_evaluation_with_the_embeddings_of_another_encoder_version_is_refused_na
             samples=small_shop.samples,
             variants={"sim-mim": models["sim-mim"]},
             snapshots={"sim-mim": other},
+            snapshot=other,
             truth=None,
             output=str(tmp_path / "evaluation"),
         )

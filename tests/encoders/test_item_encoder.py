@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mim_ray.config.scenario import Encoders
-from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch, unit
+from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch, load_for_tables, unit
 from mim_ray.errors import ArtifactError
 
 
@@ -97,6 +97,17 @@ def test_save_and_load_give_the_same_encoder(encoder, settings, tmp_path):
     arguments = (["red bag", None], images(2), np.array([False, True]))
     assert np.array_equal(encode_batch(loaded, *arguments), encode_batch(encoder, *arguments))
     assert not loaded.training
+
+
+def test_the_layout_for_tables_changes_neither_embeddings_nor_version(encoder, tmp_path):
+    encoder.save(str(tmp_path / "first"), stage="csft")
+    plain, laid_out = ItemEncoder.load(str(tmp_path / "first")), load_for_tables(str(tmp_path / "first"))
+    kernels = [p for p in laid_out.vision.net.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    assert kernels
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    batch = (["red bag", None, "hat"], images(3), np.array([True, True, False]))
+    np.testing.assert_allclose(encode_batch(laid_out, *batch), encode_batch(plain, *batch), atol=1e-5)
+    assert laid_out.save(str(tmp_path / "again"), stage="csft") == plain.encoder_version
 
 
 def test_what_is_saved_is_json_and_safetensors(encoder, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mim_ray.config.scenario import Extraction, Refresh
 from mim_ray.data.schema import ITEMS, TIME
+from mim_ray.data.transforms import PictureFormat
+from mim_ray.extraction.pool import EncoderPool
+from mim_ray.extraction.read import Decoding
+from mim_ray.extraction.refresh import Refresher
+from mim_ray.extraction.run import encoder_pool
+
+SETTINGS = Extraction(num_actors=1, cpus_per_actor=0.25, shard_rows=50, batch_size=25, commit_every_s=0.1)
+DECODING = Decoding(PictureFormat(8, "squash"), 100_000, 10_000, 40, "/nowhere")
 
 
 def png(number: int, size: int = 8) -> bytes:
@@ -22,6 +31,12 @@ def png(number: int, size: int = 8) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[[int], bytes]:
+    """A picture that depends on the number."""
+    return png
 
 
 @pytest.fixture(scope="session")
@@ -87,3 +102,34 @@ def stand_in() -> Callable[..., Any]:
         return load
 
     return make
+
+
+@pytest.fixture(scope="module")
+def pool(ray_cluster: None, stand_in: Callable[..., Any]) -> Iterator[EncoderPool]:
+    with encoder_pool("stand-in", SETTINGS, stand_in()) as actors:
+        yield actors
+
+
+@pytest.fixture
+def start(tmp_path: Path, pool: EncoderPool) -> Iterator[Callable[..., Refresher]]:
+    """`start(items)`: a running refresher of tmp_path/center."""
+    opened = []
+
+    def make(items: str, center: str = "center", **settings: Any) -> Refresher:
+        made = Refresher(
+            items,
+            f"{tmp_path}/{center}",
+            encoder="stand-in",
+            encoder_version="v1",
+            decoding=DECODING,
+            settings=SETTINGS,
+            refresh=Refresh(**{"snapshot_every_s": 0.0} | settings),
+            rejects=f"{tmp_path}/{center}-rejects",
+            pool=pool,
+        )
+        opened.append(made.__enter__())
+        return made
+
+    yield make
+    for made in opened:
+        made.__exit__(None, None, None)

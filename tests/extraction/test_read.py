@@ -19,7 +19,7 @@ from mim_ray.data.transforms import PictureFormat, content_hash, decode_image
 from mim_ray.errors import TrainingError
 from mim_ray.extraction.embed import embed, resolve
 from mim_ray.extraction.plan import plan
-from mim_ray.extraction.read import Decoding, ShardReader, read_shard, with_content_times
+from mim_ray.extraction.read import Decoding, ShardReader, with_content_times
 
 
 def png(number: int) -> bytes:
@@ -60,7 +60,7 @@ def test_a_shard_read_alone_or_after_any_other_is_the_same(tmp_path: Path, make_
         reader = ShardReader(unit, DECODING, None, 5)
         for piece in (unit.slices[number] for number in chosen):
             rows = pa.concat_tables(list(reader.read(piece)))
-            alone = pa.concat_tables(list(read_shard(unit, piece, DECODING, None, 7)))
+            alone = pa.concat_tables(list(ShardReader(unit, DECODING, None, 7).read(piece)))
             assert rows.equals(alone)
             assert rows["item_id"].to_pylist() == whole[piece.start : piece.stop]
             assert rows["row"].to_pylist() == list(range(piece.stop - piece.start))
@@ -160,7 +160,7 @@ def test_content_is_not_older_than_the_file_that_has_it(make_items: Callable[...
     for file in [Path(uri)] if Path(uri).is_file() else Path(uri).rglob("*.parquet"):
         os.utime(file, (written_at.timestamp(), written_at.timestamp()))
     (unit,) = plan(uri, 8, ["v1"]).units(set())
-    (block,) = read_shard(unit, unit.slices[0], DECODING, None, 8)
+    (block,) = ShardReader(unit, DECODING, None, 8).read(unit.slices[0])
     assert set(block["content_at"].to_pylist()) == {written_at}  # the items were created in 1970
     rows = pa.table({"created_at": pa.array([10, None, 2**62], TIME)})
     later = with_content_times(rows, 5)["created_at"].cast(pa.int64()).to_pylist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,55 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from mim_ray.config.scenario import Extraction, Refresh
 from mim_ray.data.rejects import read_rejects
 from mim_ray.data.schema import ITEMS, TIME
-from mim_ray.data.transforms import PictureFormat, content_hash
+from mim_ray.data.transforms import content_hash
 from mim_ray.errors import DataError
+from mim_ray.extraction import encode_changes
 from mim_ray.extraction import refresh as refresh_module
-from mim_ray.extraction.pool import EncoderPool
-from mim_ray.extraction.read import Decoding
 from mim_ray.extraction.refresh import Refresher, Round
-from mim_ray.extraction.run import encoder_pool
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.updates import append_segment, fold, segment_rows
 from mim_ray.runtime.lease import LeaseTakenError
 
-SETTINGS = Extraction(num_actors=1, cpus_per_actor=0.25, shard_rows=50, batch_size=25, commit_every_s=0.1)
-DECODING = Decoding(PictureFormat(8, "squash"), 100_000, 10_000, 40, "/nowhere")
-
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
-
-
-@pytest.fixture(scope="module")
-def pool(ray_cluster: None, stand_in: Callable[..., Any]) -> Iterator[EncoderPool]:
-    with encoder_pool("stand-in", SETTINGS, stand_in()) as actors:
-        yield actors
-
-
-@pytest.fixture
-def start(tmp_path: Path, pool: EncoderPool) -> Iterator[Callable[..., Refresher]]:
-    """`start(items)`: a running refresher of tmp_path/center."""
-    opened = []
-
-    def make(items: str, center: str = "center", **settings: Any) -> Refresher:
-        made = Refresher(
-            items,
-            f"{tmp_path}/{center}",
-            encoder="stand-in",
-            encoder_version="v1",
-            decoding=DECODING,
-            settings=SETTINGS,
-            refresh=Refresh(**{"snapshot_every_s": 0.0} | settings),
-            rejects=f"{tmp_path}/{center}-rejects",
-            pool=pool,
-        )
-        opened.append(made.__enter__())
-        return made
-
-    yield make
-    for made in opened:
-        made.__exit__(None, None, None)
 
 
 def items_of(first: int, num: int, text: str = "title", **columns: list[Any]) -> pa.Table:
@@ -330,14 +293,15 @@ def test_a_round_that_failed_anywhere_is_made_up_for_by_the_next(
     refresher = start(str(folder))
     refresher.round()
     pq.write_table(items_of(5, 20, "changed", title=[None] + [f"changed {n}" for n in range(19)]), folder / "a.parquet")
-    original = getattr(refresh_module, step)
+    module = encode_changes if step == "write_deletions" else refresh_module
+    original = getattr(module, step)
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         original(*args, **kwargs)
         raise RuntimeError("the machine went down")
 
     with monkeypatch.context() as patched:
-        patched.setattr(refresh_module, step, fail)
+        patched.setattr(module, step, fail)
         with pytest.raises(RuntimeError, match="went down"):
             refresher.round()
     refresher.__exit__(None, None, None)

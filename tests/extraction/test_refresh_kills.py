@@ -43,6 +43,7 @@ JOB = (
 import os, signal, sys
 from mim_ray.config.scenario import Extraction, Refresh, Run
 from mim_ray.data.transforms import PictureFormat
+from mim_ray.extraction import encode_changes
 from mim_ray.extraction import refresh as module
 from mim_ray.extraction.read import Decoding
 from mim_ray.representation_center.table import EmbeddingTable
@@ -61,6 +62,8 @@ if step == "commit":
     EmbeddingTable.commit = killed(EmbeddingTable.commit)
 elif step == "state":
     module.StateStore.write = killed(module.StateStore.write)
+elif step == "write_deletions":
+    encode_changes.write_deletions = killed(encode_changes.write_deletions)
 elif step != "none":
     setattr(module, step, killed(getattr(module, step)))
 with cluster(Run(num_cpus=2, object_store_mb=100)):

@@ -14,8 +14,9 @@ import pytest
 
 from mim_ray.data.schema import TIME
 from mim_ray.errors import ArtifactError
-from mim_ray.representation_center import build
+from mim_ray.representation_center import build, snapshot_merge
 from mim_ray.representation_center.build import build_snapshot
+from mim_ray.representation_center.log_rows import RowRanges
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 
@@ -55,15 +56,15 @@ def test_a_log_that_does_not_fit_into_memory_gives_the_same_snapshot(
     table: EmbeddingTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = build_snapshot(table, "v1", str(tmp_path / "whole"))
-    monkeypatch.setattr(build, "_PIECE_ROWS", 100)
+    monkeypatch.setattr(snapshot_merge, "PIECE_ROWS", 100)
     spilled: list[int] = []
-    flush = build._Ranges._flush
+    flush = RowRanges._flush
 
-    def counted(ranges: build._Ranges) -> None:
+    def counted(ranges: RowRanges) -> None:
         flush(ranges)
         spilled.append(sum(path.exists() for path in ranges._paths))
 
-    monkeypatch.setattr(build._Ranges, "_flush", counted)
+    monkeypatch.setattr(RowRanges, "_flush", counted)
     parts = build_snapshot(table, "v1", str(tmp_path / "parts"), memory_bytes=100_000)
     assert len(spilled) > 3
     assert max(spilled) > 8
@@ -81,8 +82,8 @@ def test_many_old_rows_of_few_items_are_dropped_on_the_way(
     table: EmbeddingTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = build_snapshot(table, "v1", str(tmp_path / "whole"))
-    pop = build._Ranges.pop
-    monkeypatch.setattr(build._Ranges, "pop", lambda ranges, part, memory: pop(ranges, part, 1_000))
+    pop = RowRanges.pop
+    monkeypatch.setattr(RowRanges, "pop", lambda ranges, part, memory: pop(ranges, part, 1_000))
     assert files_of(build_snapshot(table, "v1", str(tmp_path / "parts"), memory_bytes=300_000)) == files_of(whole)
 
 
@@ -97,7 +98,7 @@ def _build(table: str, line: str, stop_in: str) -> None:
     build_snapshot(EmbeddingTable(table), "v1", line, memory_bytes=100_000)
 
 
-@pytest.mark.parametrize("stop_in", ["_checked", "_append"])
+@pytest.mark.parametrize("stop_in", ["read_rows", "merged_rows"])
 def test_a_killed_build_leaves_the_old_snapshot_and_the_next_one_clears_up(
     table: EmbeddingTable, tmp_path: Path, stop_in: str
 ) -> None:
@@ -122,7 +123,7 @@ def test_no_room_for_the_spilled_rows_is_a_sentence(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(build._Ranges, "_flush", full)
+    monkeypatch.setattr(RowRanges, "_flush", full)
     with pytest.raises(ArtifactError, match=r"No space left.*stays current"):
         build_snapshot(table, "v1", str(tmp_path / "line"), memory_bytes=100_000)
     assert not list((tmp_path / "line").iterdir())

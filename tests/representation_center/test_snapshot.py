@@ -1,4 +1,4 @@
-"""mim_ray/representation_center/snapshot.py, snapshot_writer.py, snapshot_files.py and content_hashes.py."""
+"""mim_ray/representation_center: snapshot.py, snapshot_writer.py, snapshot_from_rows.py, snapshot_files.py and content_hashes.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from mim_ray.data.ids import hash_ids
 from mim_ray.errors import ArtifactError
-from mim_ray.representation_center import snapshot_files, snapshot_writer
+from mim_ray.representation_center import snapshot_files, snapshot_from_rows, snapshot_writer
 from mim_ray.representation_center.key_index import shard_of
 from mim_ray.representation_center.snapshot import DTYPES, Snapshot, write_snapshot
 
@@ -37,7 +37,7 @@ def state_of(line: Path) -> Path:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 256 bytes, and pieces of 16 rows, so that small snapshots have many."""
     monkeypatch.setattr(snapshot_files, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(snapshot_writer, "_PIECE_ROWS", 16)
+    monkeypatch.setattr(snapshot_from_rows, "PIECE_ROWS", 16)
 
 
 def test_rows_come_back_by_id_in_any_shape(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_contents_are_sorted_in_parts_where_memory_is_small(tmp_path: Path, monk
     monkeypatch.setattr(
         snapshot_writer, "ContentIndexWriter", lambda folder, rows, memory: writer(folder, rows, memory_bytes=1024)
     )
-    monkeypatch.setattr(snapshot_writer, "_PIECE_ROWS", 16)
+    monkeypatch.setattr(snapshot_from_rows, "PIECE_ROWS", 16)
     make(tmp_path / "parts", num=400, content_hashes=contents(400))
     files = [
         json.loads((state_of(tmp_path / name) / "manifest.json").read_text())["files"] for name in ("whole", "parts")

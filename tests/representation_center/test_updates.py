@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from mim_ray.errors import ArtifactError, VersionMismatchError
-from mim_ray.representation_center import updates, window_folder
+from mim_ray.representation_center import window_folder
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.lookup import EmbeddingLookup
 from mim_ray.representation_center.parameter_store import ParameterStore
@@ -54,7 +54,7 @@ def test_a_segment_comes_back_as_it_was_written_and_ids_sort_by_time(center: str
     rows = message(["x"], 2, None, categories=["shoes"])
     names = [append_segment(f"{center}/window", rows, encoder_version="v1") for _ in range(5)]
     assert names == sorted(names) == list_segments(f"{center}/window", "v1")
-    assert updates.read_segment(f"{center}/window", "v1", names[0]).equals(rows)
+    assert WindowTail(f"{center}/window", "v1").poll()[0][1].equals(rows)
 
 
 def test_the_tail_gives_each_segment_once_and_only_its_encoder_version(center: str) -> None:

@@ -34,6 +34,7 @@ def build(
         _headline(figures, evaluation),
         _ctr(evaluation),
         _ages(evaluation),
+        _calibration(evaluation),
         _losses(manifests),
         _neighbors(neighbors),
         _stages(manifests),
@@ -117,30 +118,50 @@ def _ctr(evaluation: Mapping[str, Any]) -> str:
         "in train, mean cosine of the behaviors' vectors to the target's, and the shop's true probability (oracle)."
     )
     header = ["model", "AUC", "GAUC (by rows)", "GAUC (by users)", "log loss", "AUC gain over base"]
-    return page.section("Click-through rate models", note, plots.bars(groups, "AUC (test)"), page.table(header, rows))
+    warnings = "".join(page.paragraph(f"Warning: {text}") for text in evaluation["warnings"])
+    table = page.table(header, rows)
+    return page.section("Click-through rate models", note, warnings, plots.bars(groups, "AUC (test)"), table)
 
 
 def _ages(evaluation: Mapping[str, Any]) -> str:
     main = _main_backbone(evaluation)
-    mim = f"{main}-mim"
-    points = [
-        (f"{bucket['bucket']} ({bucket['num_rows']:,})", *_triple(bucket["difference"][mim]))
-        for bucket in evaluation["age_buckets"]
-        if mim in bucket["difference"] and _whole(bucket["difference"][mim])
-    ]
-    categories = [
-        (f"{row['category'][:28]} ({row['num_rows']:,})", *_triple(row["difference"][mim]))
-        for row in evaluation["categories"][:12]
-        if mim in row["difference"] and _whole(row["difference"][mim])
+    note = (
+        "S1: targets without a positive in train. S2-S10: by the first positive in train, newest first. Then by category, and by "
+        "the number of the target's positives in train. In brackets: test rows. Points are AUC differences of mim to base with "
+        "95 % intervals; the paper's Figure 6 and Table 7 show the first two for its data."
+    )
+    parts = []
+    for kind, key in (("age_buckets", "bucket"), ("categories", "category"), ("exposure", "bucket")):
+        points = [
+            (f"{row[key][:28]} ({row['num_rows']:,})", *_triple(row["difference"][f"{main}-mim"]))
+            for row in evaluation[kind][:12]
+            if _whole(row["difference"].get(f"{main}-mim"))
+        ]
+        if points:
+            parts.append(plots.intervals(points, f"AUC gain, {NAMES[main]}"))
+    return page.section("Gain by item age, category and exposure", note, *parts or [page.paragraph("Too few rows.")])
+
+
+def _calibration(evaluation: Mapping[str, Any]) -> str:
+    main = _main_backbone(evaluation)
+    models = {name: metrics for name, metrics in evaluation["models"].items() if metrics["reliability"]["num_rows"]}
+    curves = {
+        name.partition("-")[2]: (metrics["reliability"]["mean_prob"], metrics["reliability"]["positive_ratio"])
+        for name, metrics in models.items()
+        if name.startswith(f"{main}-")
+    }
+    if not curves:
+        return ""
+    rows = [
+        [name, _number(metrics["calibration"]), _number(metrics["reliability"]["expected_error"])]
+        for name, metrics in sorted(models.items(), key=_place)
     ]
     note = (
-        "S1: targets without a positive in train. S2-S10: by the first positive in train, newest first. In brackets: test rows. "
-        "Points are AUC differences of mim to base with 95 % intervals; the paper's Figure 6 and Table 7 show the same for its data."
+        "Ten bins of equal numbers of test rows, by predicted probability. Ratio: sum of probabilities over positives, 1 is "
+        "calibrated. Expected error: mean distance from the diagonal over rows."
     )
-    parts = [plots.intervals(points, f"AUC gain, {NAMES[main]}")] if points else ["<p>Too few rows in each bucket.</p>"]
-    if categories:
-        parts.append(plots.intervals(categories, f"AUC gain, {NAMES[main]}"))
-    return page.section("Gain by item age and category", note, *parts)
+    table = page.table(["model", "ratio", "expected error"], rows)
+    return page.section("Calibration", note, plots.reliability(curves), table)
 
 
 def _losses(manifests: Mapping[str, Manifest]) -> str:
@@ -193,8 +214,8 @@ def _place(model: tuple[str, Any]) -> tuple[int, int]:
     return list(NAMES).index(backbone), ("base", "mim", "style").index(content)
 
 
-def _whole(estimate: Mapping[str, Any]) -> bool:
-    return all(estimate[key] is not None for key in ("value", "low", "high"))
+def _whole(estimate: Mapping[str, Any] | None) -> bool:
+    return estimate is not None and all(estimate[key] is not None for key in ("value", "low", "high"))
 
 
 def _triple(estimate: Mapping[str, Any]) -> tuple[float, float, float]:

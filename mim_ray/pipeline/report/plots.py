@@ -96,6 +96,24 @@ def scatter(points: Sequence[tuple[str, float, float]], x_label: str, y_label: s
     return _svg(figure)
 
 
+def reliability(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
+    """Share of positives over mean probability, both logarithmic; on the diagonal probabilities are true."""
+    figure, axis = plt.subplots(figsize=(3.8, 3.2))
+    values = [value for curve in curves.values() for part in curve for value in part if value > 0]
+    ends = (min(values, default=0.01) * 0.8, max(values, default=1.0) * 1.2)
+    axis.plot(ends, ends, color="#5f6368", linewidth=1)
+    for name, (prob, positive) in curves.items():
+        axis.plot(
+            prob, positive, "o-", color=COLORS.get(name, COLORS["other"]), markersize=3, linewidth=1.2, label=name
+        )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("mean probability")
+    axis.set_ylabel("share of positives")
+    _legend_once(axis)
+    return _svg(figure)
+
+
 def _legend_once(axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=False))

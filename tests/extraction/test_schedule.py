@@ -1,4 +1,4 @@
-"""mim_ray/extraction/pool.py: who makes which shard, without Ray."""
+"""mim_ray/extraction/schedule.py: who makes which shard, without Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from mim_ray.config.scenario import Extraction
 from mim_ray.extraction.plan import Unit
-from mim_ray.extraction.pool import Shares, _Schedule, shares
+from mim_ray.extraction.schedule import Schedule, Shares, shares
 
 
 def unit(name: str, num_shards: int) -> Unit:
@@ -19,7 +19,7 @@ def unit(name: str, num_shards: int) -> Unit:
 
 
 def play(
-    schedule: _Schedule, num_actors: int, fails: Callable[[Any], bool] = lambda call: False
+    schedule: Schedule, num_actors: int, fails: Callable[[Any], bool] = lambda call: False
 ) -> list[tuple[str, int, int]]:
     """(unit, first row, actor) of all calls; each round the oldest call ends."""
     made, open_calls = [], []
@@ -40,7 +40,7 @@ def play(
 @pytest.mark.parametrize("sizes", [[40], [1, 1, 1], [7, 2, 9], []])
 def test_every_shard_is_made_once_by_all_actors(sizes: list[int], decoders: int) -> None:
     units = [unit(f"u{number}", size) for number, size in enumerate(sizes)]
-    made = play(_Schedule(iter(units), Shares(3, 1, 0, decoders, 1.0 if decoders else 0.0), 0), 3)
+    made = play(Schedule(iter(units), Shares(3, 1, 0, decoders, 1.0 if decoders else 0.0), 0), 3)
     wanted = [(f"u{number}", 10 * row) for number, size in enumerate(sizes) for row in range(size)]
     assert sorted((name, start) for name, start, _ in made) == wanted
     if sum(sizes) > 6:
@@ -57,7 +57,7 @@ def test_what_a_dead_actor_had_is_made_once_by_others() -> None:
             return True
         return False
 
-    made = play(_Schedule(iter([unit("a", 11), unit("b", 5)]), Shares(2, 1, 0, 0, 0.0), 0), 2, fails)
+    made = play(Schedule(iter([unit("a", 11), unit("b", 5)]), Shares(2, 1, 0, 0, 0.0), 0), 2, fails)
     wanted = [("a", 10 * row) for row in range(11)] + [("b", 10 * row) for row in range(5)]
     assert sorted((name, start) for name, start, _ in made) == wanted
     assert len(died) == 2 * 6
@@ -71,7 +71,7 @@ def test_units_are_taken_when_an_actor_is_free_for_them() -> None:
             taken.append(number)
             yield unit(f"u{number}", 2)
 
-    schedule = _Schedule(units(), Shares(2, 1, 0, 0, 0.0), 0)
+    schedule = Schedule(units(), Shares(2, 1, 0, 0, 0.0), 0)
     assert list(schedule.next_calls([])) == []
     assert taken == []
     list(schedule.next_calls([0, 1]))
