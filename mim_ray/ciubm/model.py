@@ -101,6 +101,9 @@ class CtrNetwork(nn.Module):
 
         Binary cross-entropy with `label` (B,), 0 or 1, plus `auxiliary_weight` times the backbone's auxiliary loss.
         """
+        if self.config.auxiliary_weight == 0.0:
+            logits = self(batch)
+            return binary_cross_entropy_with_logits(logits, label), logits
         parts, auxiliary = self.ciubm.parts_and_loss(batch, label)
         logits = self._logits([*parts, *self._other(batch)])
         return binary_cross_entropy_with_logits(logits, label) + self.config.auxiliary_weight * auxiliary, logits

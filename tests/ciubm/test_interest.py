@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from mim_ray.ciubm.interest import content_interest, content_relevance, fusion_interest, similarity_histogram
+from mim_ray.ciubm.interest import (
+    content_interest,
+    content_relevance,
+    fusion_interest,
+    relevance_and_comparable,
+    similarity_histogram,
+    similarity_summary,
+)
 
 
 def _cosine(a: list[float], b: list[float]) -> float:
@@ -102,3 +109,28 @@ def test_histogram_by_hand() -> None:
     counted = torch.tensor([[True, True, True, False]])
     expected = [math.log(2), 0, math.log(1.5), math.log(1.5), math.log(2)]
     assert similarity_histogram(relevance, counted, 5)[0].tolist() == pytest.approx(expected)
+
+
+def test_comparable_are_real_behaviors_with_content_of_a_target_with_content() -> None:
+    behaviors = torch.tensor([[[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]] * 2)
+    target = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    mask = torch.tensor([[True, True, False]] * 2)
+    relevance, comparable = relevance_and_comparable(target, behaviors, mask)
+    assert comparable.tolist() == [[True, False, False], [False] * 3]
+    assert relevance.tolist() == [[1.0, 0.0, 0.0], [0.0] * 3]
+
+
+def test_summary_equals_a_loop(case: tuple[torch.Tensor, ...]) -> None:
+    target, behaviors, _, mask = case
+    relevance = content_relevance(target, behaviors, mask)
+    comparable = mask.clone()
+    comparable[0, 3] = False
+    summary = similarity_summary(relevance, comparable)
+    for row in range(3):
+        cosines = [relevance[row, i].item() for i in range(5) if comparable[row, i]]
+        if not cosines:
+            assert summary[row].tolist() == [0.0, 0.0, 0.0]
+            continue
+        weights = [0.5 ** (newer / 10) for newer in reversed(range(len(cosines)))]
+        recent = sum(w * c for w, c in zip(weights, cosines, strict=True)) / sum(weights)
+        assert summary[row].tolist() == pytest.approx([sum(cosines) / len(cosines), max(cosines), recent], abs=1e-6)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from mim_ray.ciubm.backbones import NAMES
 from mim_ray.ciubm.model import CtrNetwork, EmbeddedBatch, NetworkConfig
 
 CONFIG = NetworkConfig("sim", id_width=8, user_width=4, content_width=6, num_histogram_bins=5, hidden=(16,))
@@ -25,7 +28,7 @@ def _network(config: NetworkConfig) -> CtrNetwork:
     return CtrNetwork(config).eval()
 
 
-@pytest.mark.parametrize("backbone", ["sim", "din", "average"])
+@pytest.mark.parametrize("backbone", NAMES)
 def test_padding_changes_no_logit(backbone: str, batch: EmbeddedBatch) -> None:
     network = _network(replace(CONFIG, backbone=backbone))
     pad = torch.zeros(3, 4, dtype=torch.bool)
@@ -76,7 +79,52 @@ def test_content_that_is_missing_in_the_batch_is_named(batch: EmbeddedBatch) -> 
 
 
 def test_config_survives_json() -> None:
-    assert NetworkConfig.from_json(CONFIG.to_json()) == CONFIG
+    assert NetworkConfig.from_json(json.loads(json.dumps(CONFIG.to_json()))) == CONFIG
+
+
+def test_a_config_of_an_earlier_version_gets_the_defaults_of_what_it_does_not_name() -> None:
+    later = {"sim_search", "context_width", "query_width", "auxiliary_weight", "missing_content", "similarity_summary"}
+    earlier = {name: value for name, value in CONFIG.to_json().items() if name not in later}
+    assert NetworkConfig.from_json(earlier) == CONFIG
+
+
+def test_weights_of_an_earlier_version_load(batch: EmbeddedBatch) -> None:
+    network, weights = _network(CONFIG), {}
+    for name, weight in network.state_dict().items():
+        weights[name.removeprefix("ciubm.")] = weight
+    torch.manual_seed(1)
+    other = CtrNetwork(CONFIG).eval()
+    other.load_state_dict(weights)
+    assert torch.equal(network(batch), other(batch))
+
+
+def test_context_and_query_reach_base_and_mim_alike(batch: EmbeddedBatch) -> None:
+    full = batch._replace(context=torch.ones(3, 2), query_mm=torch.ones(3, 6))
+    for content_width in (None, 6):
+        config = replace(CONFIG, content_width=content_width)
+        plain, told = _network(config), _network(replace(config, context_width=2, query_width=6))
+        assert told.network[0].in_features - plain.network[0].in_features == 8  # type: ignore[operator]
+        assert torch.equal(torch.cat(told.features(full)[-2:], dim=1), torch.ones(3, 8))
+        assert not torch.allclose(told(full), told(full._replace(context=torch.zeros(3, 2))))
+        with pytest.raises(ValueError, match="built for context of width 2"):
+            told(batch)
+
+
+@pytest.mark.parametrize("backbone", NAMES)
+def test_the_loss_is_cross_entropy_and_the_weighed_auxiliary_loss(backbone: str, batch: EmbeddedBatch) -> None:
+    label = torch.tensor([1.0, 0.0, 1.0])
+    config = replace(CONFIG, backbone=backbone, sim_search="soft", auxiliary_weight=0.5)
+    network = _network(config)
+    torch.manual_seed(5)
+    loss, logits = network.loss(batch, label)
+    torch.manual_seed(5)
+    auxiliary = network.ciubm.parts_and_loss(batch, label)[1]
+    prob = torch.sigmoid(network(batch)).tolist()
+    main = -sum(math.log(p if one else 1 - p) for p, one in zip(prob, label.tolist(), strict=True)) / 3
+    assert loss.item() == pytest.approx(main + 0.5 * auxiliary.item(), abs=1e-5)
+    assert (auxiliary.item() > 0) == (backbone in ("sim", "dien"))
+    assert torch.allclose(logits, network(batch), atol=1e-6)
+    assert _network(replace(config, auxiliary_weight=0.0)).loss(batch, label)[0].item() == pytest.approx(main, abs=1e-5)
 
 
 def test_start_is_the_share_of_positives(batch: EmbeddedBatch) -> None:

@@ -46,16 +46,21 @@ class Twin(nn.Module):
         """(B, d) target and (B, L, d) behaviors -> (B, d); zeros without behaviors."""
         cross, content, mask = self._cross(side), side.content, behavior_mask.unsqueeze(1)  # mask (B, 1, L)
         query = self.attention.query(target)  # (B, H, d)
-        if behaviors.shape[1] > self.num_searched:
+        length = behaviors.shape[1]
+        if length > self.num_searched:
             with torch.no_grad():
                 scores = self._scores(torch.bmm(query, behaviors.transpose(1, 2)), cross, content)
-                index, mask = best(scores, mask, self.num_searched)  # (B, H, K): each head keeps its own
+                index, found_mask = best(scores, mask, self.num_searched)  # (B, H, K): each head keeps its own
+        if length > self.num_searched * query.shape[1]:
+            mask = found_mask
             behaviors = take(behaviors, index)  # (B, H, K, d)
             cross = None if cross is None else take(cross, index)
             content = None if content is None else take(content, index)
-            products = torch.matmul(behaviors, query.unsqueeze(-1)).squeeze(-1)
-        else:
-            products = torch.bmm(query, behaviors.transpose(1, 2))  # (B, H, L)
+            products = torch.matmul(behaviors, query.unsqueeze(-1)).squeeze(-1)  # (B, H, K)
+        else:  # what all heads found is more than the history: mask the rest instead of copying
+            if length > self.num_searched:
+                mask = mask.new_zeros(scores.shape).scatter(2, index, found_mask)  # (B, H, L)
+            products = torch.bmm(query, behaviors.transpose(1, 2))
         relevance = masked_softmax(self._scores(products, cross, content), mask)
         parts = [_weighted(relevance, values) for values in (behaviors, cross) if values is not None]
         return self.attention.joined(torch.cat(parts, dim=-1))
