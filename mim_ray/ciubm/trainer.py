@@ -244,7 +244,6 @@ class Trainer:
         prob = 1.0 / (1.0 + np.exp(-logit.astype(np.float64)))
         return {"auc": auc(label, logit), "log_loss": log_loss(label, prob), "rows": len(label)}
 
-
     def _share_of_validation(self) -> Iterator[pa.Table]:
         """This worker's batches: as many as every other worker's (lookups may be collective), so the last may be empty."""
         if not artifacts.list_files(self.validation, ".parquet"):
