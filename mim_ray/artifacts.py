@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -160,20 +160,27 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
 
 def write_bytes(uri: str, content: bytes) -> None:
     """Write a file so that readers see all of it or nothing: on local disks by rename, elsewhere by one object PUT."""
+    write_pieces(uri, [content])
+
+
+def write_pieces(uri: str, pieces: Iterable[bytes | memoryview]) -> None:
+    """`write_bytes` of content that is never in memory as a whole."""
     fs, path = filesystem(uri)
     parent = path.rpartition("/")[0]
     if isinstance(fs, pafs.LocalFileSystem):
         os.makedirs(parent, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=parent, prefix=".tmp-")
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     else:
         with storage_errors(uri), fs.open_output_stream(path) as stream:
-            stream.write(content)
+            for piece in pieces:
+                stream.write(piece)
 
 
 def sync(path: str | Path) -> None:
@@ -236,10 +243,10 @@ def read_json(uri: str) -> Any:
 
 
 def write_tensors(uri: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """All state is flat safetensors; shared storage is copied."""
-    from safetensors.torch import save
+    """All state is flat safetensors, written tensor by tensor: a large table on the CPU is not copied."""
+    from mim_ray.tensor_format import safetensors_pieces
 
-    write_bytes(uri, save({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}))
+    write_pieces(uri, safetensors_pieces(tensors))
 
 
 def read_tensors(uri: str) -> dict[str, torch.Tensor]:

@@ -7,11 +7,12 @@ ctr/<variant>/ctr.json                   variant, architecture, encoder version,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mim_ray import artifacts
 from mim_ray.ciubm.dataset import IndexedBatch, gather_batch
@@ -100,9 +101,9 @@ class Ranker:
         return Ranker(self.info, self.items, self.users, [self.models[index]])
 
 
-def save_model(uri: str, network: CtrNetwork, tables: IdTables) -> None:
-    """Write one seed's network and tables below `uri`."""
-    artifacts.write_tensors(f"{uri}/tables.safetensors", tables.state())
+def save_model(uri: str, network: CtrNetwork, tables: Mapping[str, Tensor]) -> None:
+    """Write one seed's network and the weights of its tables below `uri`."""
+    artifacts.write_tensors(f"{uri}/tables.safetensors", tables)
     artifacts.write_tensors(f"{uri}/network.safetensors", network.state_dict())
 
 

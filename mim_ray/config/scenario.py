@@ -424,15 +424,29 @@ class Ciubm(Workers):
     id_dropout: Ratio = 0.05
     """Chance that a target trains as an unknown item, so that new items have a trained embedding."""
     batch_size: Positive = 1_024
-    """Paper: 1,024."""
+    """Rows per worker and step. Paper: 1,024."""
     num_epochs: Positive = 1
     learning_rate: PositiveFloat = 5e-3
-    """Adam (paper: 0.005)."""
+    """Adam of the network (paper: 0.005)."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Of the network's matrices (AdamW)."""
     table_engine: Literal["torch", "torchrec"] = "torch"
     """ID tables: whole on every worker (torch), or their rows shared out among the workers (torchrec, an optional extra for
     tables that outgrow a worker; docs/id_tables.md)."""
     table_optimizer: Literal["adam", "rowwise_adagrad"] = "adam"
     """Of the ID tables: lazy Adam or row-wise Adagrad (one accumulator per row; the one that torchrec has)."""
+    table_learning_rate: PositiveFloat | None = None
+    """Of the ID tables. Default: learning_rate."""
+    table_weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Of the rows that a batch meets."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's matrix products; weights, tables and the loss stay float32."""
+    validate_every_steps: Count = 0
+    """Steps between evaluations on validation, beside those after each epoch. The best state is the one that is kept."""
+    patience: Count = 0
+    """Evaluations in a row without a better validation AUC after which training stops. 0: all epochs run."""
+    checkpoint_every_steps: Positive = 1_000
+    """Steps between the checkpoints from which crashed workers and restarted jobs go on."""
     seeds: tuple[int, ...] = (0,)
     """One model per seed; reports give the mean."""
 

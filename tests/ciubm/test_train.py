@@ -20,6 +20,7 @@ from mim_ray.ciubm.export import load_ranker
 from mim_ray.ciubm.model import CtrNetwork
 from mim_ray.ciubm.predict import predict
 from mim_ray.ciubm.tables import IdTables
+from mim_ray.ciubm.vocabulary_build import build_vocabularies
 from mim_ray.config import Scenario
 from mim_ray.data.batches import ordered_batches
 from mim_ray.errors import ArtifactError, VersionMismatchError
@@ -242,8 +243,9 @@ def test_a_snapshot_of_other_items_is_refused(small_shop: Any, tmp_path: Path) -
 def test_two_workers_match_one_on_the_joined_batch(
     gloo_workers: Callable[..., list[dict[str, Any]]], small_shop: Any, tmp_path: Path
 ) -> None:
-    items, users, _ = train.build_vocabulary(small_shop.samples, _scenario().ciubm, str(tmp_path))
-    encoder = ImpressionEncoder(items, users, None, 8)
+    vocabularies = build_vocabularies(small_shop.samples, min_item_count=1)
+    users = vocabularies.users
+    encoder = ImpressionEncoder(vocabularies.items, users, None, 8)
     columns = ["user_id", "item_id", "behaviors", "label"]
     rows = next(ordered_batches(f"{small_shop.samples}/impressions/train", columns, 256))
     config = train.network_config(_scenario().ciubm, "sim", None)

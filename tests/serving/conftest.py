@@ -121,7 +121,8 @@ def write_model(uri: str, scenario: Scenario, ids: list[str], encoder_version: s
     torch.manual_seed(0)
     config = network_config(settings, "sim", scenario.encoders.width)
     num_rows = {"item": items.num_table_rows, "category": items.num_category_rows, "user": len(users) + 1}
-    save_model(f"{uri}/seed-0", CtrNetwork(config), IdTables.create(num_rows, settings.id_dim, seed=0))
+    tables = IdTables.create(num_rows, settings.id_dim, seed=0)
+    save_model(f"{uri}/seed-0", CtrNetwork(config), tables.state())
     info = {
         "variant": "sim-mim",
         "backbone": "sim",

@@ -1,0 +1,104 @@
+"""From the train rows to what a CTR model knows by id: items, categories, users, and the share of positives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mim_ray import artifacts
+from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
+from mim_ray.data.batches import ordered_batches
+from mim_ray.data.catalogue import Catalogue
+from mim_ray.errors import DataError
+
+_COLUMNS = ("impression_id", "user_id", "item_id", "label")
+_SUMMARY = "train.json"
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """
+    Attributes:
+        positive_ratio: share of train's rows with label 1.
+    """
+
+    items: ItemIndex
+    users: Vocabulary
+    positive_ratio: float
+
+    def save(self, uri: str) -> None:
+        """Write items.arrow, categories.json, users.arrow and, last, train.json below `uri`."""
+        self.items.save(uri)
+        self.users.save(f"{uri}/users.arrow")
+        artifacts.write_json(f"{uri}/{_SUMMARY}", {"positive_ratio": self.positive_ratio})
+
+    @classmethod
+    def load(cls, uri: str) -> Vocabularies | None:
+        """What `save` wrote, None where it did not come to its end.
+
+        Raises:
+            ArtifactError: damaged.
+        """
+        if not artifacts.exists(f"{uri}/{_SUMMARY}"):
+            return None
+        summary = artifacts.read_json(f"{uri}/{_SUMMARY}")
+        return cls(ItemIndex.load(uri), Vocabulary.load(f"{uri}/users.arrow"), summary["positive_ratio"])
+
+
+def build_vocabularies(samples: str, *, min_item_count: int) -> Vocabularies:
+    """Items of the catalogue and users of train. An item that train met `min_item_count` times as a target gets a row.
+
+    Raises:
+        DataError: train has labels other than 0 and 1.
+    """
+    catalogue = Catalogue.open(f"{samples}/catalogue")
+    counts = np.zeros(catalogue.num_items + 1, np.int64)  # the last is of ids that are not in the catalogue
+    users: list[pa.Array] = []
+    labels = _Labels(f"{samples}/impressions/train")
+    for table in ordered_batches(labels.source, _COLUMNS, 65_536):
+        labels.add(table)
+        met = table["item_id"].value_counts()
+        np.add.at(counts, catalogue.rows(met.field("values")), met.field("counts").to_numpy())
+        users.append(table["user_id"].unique())
+        if len(users) == 64:
+            users = [pa.chunked_array(users).unique()]
+    codes, names = catalogue.category_codes
+    items = ItemIndex.build(catalogue.ids, codes, names, counts[:-1], min_item_count)
+    distinct = pa.chunked_array(users or [pa.array([], pa.string())]).unique().drop_null()
+    return Vocabularies(items, Vocabulary(distinct.take(pc.sort_indices(distinct))), labels.positive_ratio())
+
+
+class _Labels:
+    """Counts train's labels."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._num_rows = self._num_positives = self._num_bad = 0
+        self._first_bad: Any = None
+
+    def add(self, rows: pa.Table) -> None:
+        label = np.asarray(pc.fill_null(rows["label"], -1))
+        bad = np.flatnonzero(~np.isin(label, (0, 1)))
+        if len(bad) and not self._num_bad:
+            self._first_bad = rows["impression_id"][int(bad[0])].as_py(), rows["label"][int(bad[0])].as_py()
+        self._num_bad += len(bad)
+        self._num_rows += len(rows)
+        self._num_positives += int((label == 1).sum())
+
+    def positive_ratio(self) -> float:
+        """
+        Raises:
+            DataError: a label is not 0 or 1.
+        """
+        if self._num_bad:
+            name, label = self._first_bad
+            raise DataError(
+                f"{self._num_bad:,} of {self._num_rows:,} rows of {self.source} have a label that is not 0 or 1 (impression "
+                f"{name} has {label}). jobs/build_samples.py rejects such rows of train: build the samples with it, or leave "
+                "these rows out."
+            )
+        return self._num_positives / max(1, self._num_rows)
