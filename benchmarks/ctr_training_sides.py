@@ -1,7 +1,8 @@
 """The two sides of benchmarks/ctr_training.py: a training step of mim_ray and one of FuxiCTR on the same batches.
 
-Both: item and category embeddings of width 16, deep network 512-128-64, cross-entropy, learning rate 0.005. Equal where both have
-the part: DIN's activation unit 36 wide, SIM and TWIN attend with 4 heads of 8 to 20 behaviors found, SIM's short-term part sees the newest 10.
+Both: item and category embeddings of width 16, deep network 512-128-64, cross-entropy, learning rate 0.005. The user behavior model
+has each library's own defaults. With `equal_widths` FuxiCTR's is as wide as ours where both have the part: DIN's activation unit 36, SIM
+and TWIN attend with 4 heads of 8 to 20 behaviors found, and to the newest 10.
 mim_ray: lazy Adam on the rows met, fused Adam on the network. FuxiCTR, as its fit() steps: gradients of the whole tables, clipped
 by their norm, and torch.optim.Adam on everything.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from mim_ray.ciubm.dataset import IndexedBatch, gather_batch
 from mim_ray.ciubm.model import CtrNetwork, NetworkConfig
 from mim_ray.ciubm.tables import IdTables
+from mim_ray.training.optim import average_gradients
 
 DIM, HIDDEN, MM_WIDTH, NUM_CATEGORIES = 16, (512, 128, 64), 128, 1_000
 LEARNING_RATE = 0.005
@@ -100,6 +102,7 @@ class OurStep:
         value = float(loss.detach())
         self.optimizer.zero_grad()
         loss.backward()
+        average_gradients(self.network.parameters())
         self.optimizer.step()
         self.tables.step(LEARNING_RATE)
         return value
@@ -115,7 +118,7 @@ def fuxi_batch(raw: RawBatch) -> FuxiBatch:
     return {"label": torch.from_numpy(raw.label)}, features, torch.ones(raw.behaviors.shape)
 
 
-def fuxi_step(backbone: str, vocabulary: int) -> Callable[[FuxiBatch], float]:
+def fuxi_step(backbone: str, vocabulary: int, *, equal_widths: bool = False) -> Callable[[FuxiBatch], float]:
     """FuxiCTR's model of that name with its own train_step.
 
     Raises:
@@ -131,12 +134,8 @@ def fuxi_step(backbone: str, vocabulary: int) -> Callable[[FuxiBatch], float]:
     features.default_emb_dim = DIM
     for column, rows in (("item_id", vocabulary), ("cate_id", NUM_CATEGORIES + 1)):
         features.features[column] = {"type": "categorical", "source": "item", "vocab_size": rows, "padding_idx": 0}
-    attention = {
-        "din": {"attention_hidden_units": [36]},
-        "dien": {"batch_norm": False},
-        "sim": {"attention_dim": 2 * DIM, "num_heads": NUM_HEADS, "topk": NUM_SEARCHED, "short_seq_len": NUM_SHORT + 1},
-        "twin": {"attention_dim": 2 * DIM, "num_heads": NUM_HEADS, "topk": NUM_SEARCHED, "short_seq_len": NUM_SHORT + 1},
-    }[backbone]
+    searching = {"attention_dim": 2 * DIM, "num_heads": NUM_HEADS, "topk": NUM_SEARCHED, "short_seq_len": NUM_SHORT + 1}
+    widths = {"din": {"attention_hidden_units": [36]}, "dien": {}, "sim": searching, "twin": searching}[backbone]
     torch.manual_seed(0)
     model = model_class(
         features,
@@ -148,7 +147,8 @@ def fuxi_step(backbone: str, vocabulary: int) -> Callable[[FuxiBatch], float]:
         metrics=["AUC"],
         model_root="",
         verbose=0,
-        **attention,
+        batch_norm=False,
+        **(widths if equal_widths else {}),
     )
     model._max_gradient_norm, model._batch_index = 10.0, 0  # as its fit() sets them
     model.train()

@@ -30,7 +30,7 @@ class IndexedBatch:
 
     Attributes:
         user: (B,) row of the user table, 0 unknown.
-        item_row, category: (U,) rows of the item and category tables, 0 unknown.
+        item_row, category: (U,) rows of the item and category tables, 0 unknown; item_row ascends.
         mm: (U, D) MM embeddings, zero without content; None for the base model.
         target: (B,) place among the U items. behaviors: (B, L) places, pads are 0. behavior_mask: (B, L).
         label: (B,) float32, None when there is none.
@@ -85,7 +85,10 @@ class ImpressionEncoder:
         start, length, values = _lists(table["behaviors"], self.max_behaviors)
         met = pa.concat_arrays([targets, values.cast(pa.large_string())]).dictionary_encode()
         position = np.append(self.items.vocabulary.encode(met.dictionary), 0)  # (U,), the last is for null ids
-        place = np.asarray(met.indices.fill_null(len(position) - 1)).astype(np.int64)
+        order = np.argsort(self.items.table_row[position], kind="stable")  # tables are read and written in order
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        position, place = position[order], rank[np.asarray(met.indices.fill_null(len(position) - 1))]
         longest = max(int(length.max(initial=0)), 1)
         mask = np.arange(longest) < length[:, None]  # (B, L)
         behaviors = np.zeros((size, longest), np.int64)
@@ -94,10 +97,11 @@ class ImpressionEncoder:
         item_row = self.items.table_row[position]
         if id_dropout > 0 and generator is not None:
             dropped = np.flatnonzero(generator.random(size) < id_dropout)
-            position = np.concatenate([position, position[target[dropped]]])
-            item_row = np.concatenate([item_row, np.zeros(len(dropped), np.int64)])
-            target = target.copy()
-            target[dropped] = np.arange(len(position) - len(dropped), len(position))
+            position = np.concatenate([position[target[dropped]], position])
+            item_row = np.concatenate([np.zeros(len(dropped), np.int64), item_row])
+            target = target + len(dropped)
+            target[dropped] = np.arange(len(dropped))
+            behaviors[mask] += len(dropped)
             user = np.where(generator.random(size) < id_dropout, 0, user)
         label = table["label"].to_numpy().astype(np.float32) if "label" in table.column_names else None
         return IndexedBatch(

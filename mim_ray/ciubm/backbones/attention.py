@@ -105,6 +105,11 @@ def newest(wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best(position.expand(wanted.shape), wanted, count)
 
 
+def as_mask(index: Tensor, found: Tensor, length: int) -> Tensor:
+    """(..., K) indices and which of them were found -> (..., L) True at those places."""
+    return torch.zeros(*index.shape[:-1], length, dtype=torch.bool, device=index.device).scatter_(-1, index, found)
+
+
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (B, …) of each row's own (B, L, e) or (B, L) -> (B, …, e) or (B, …)."""
     size, length = values.shape[:2]

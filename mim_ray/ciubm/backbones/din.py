@@ -38,13 +38,18 @@ class Din(nn.Module):
         """(B, L) attention scores before masking.
 
         The first layer on [t, h, t - h, t * h] factors: (W1 + W3) t is computed once per target, and
-        (W2 - W3) h + W4 (t * h) is one matrix per target applied to its behaviors. PReLU with slope s is
+        (W2 - W3) h + W4 (t * h) is one matrix per target applied to its behaviors, or, where they are fewer than that
+        matrix has rows, computed from [h, t * h]. PReLU with slope s is
         s x + (1 - s) relu(x), of which the second layer takes the parts: torch's own PReLU is several times slower.
         """
         of_target, of_behavior, of_difference, of_product = self.first.weight.chunk(4, dim=1)  # (hidden, d) each
         constant = linear(target, of_target + of_difference, self.first.bias)  # (B, hidden)
-        per_target = (of_behavior - of_difference) + target.unsqueeze(1) * of_product  # (B, hidden, d)
-        hidden = torch.baddbmm(constant.unsqueeze(1), behaviors, per_target.transpose(1, 2))  # (B, L, hidden)
+        if behaviors.shape[1] < len(of_behavior):
+            both = torch.cat([behaviors, behaviors * target.unsqueeze(1)], dim=-1)  # (B, L, 2 d)
+            hidden = linear(both, torch.cat([of_behavior - of_difference, of_product], dim=1)) + constant.unsqueeze(1)
+        else:
+            per_target = (of_behavior - of_difference) + target.unsqueeze(1) * of_product  # (B, hidden, d)
+            hidden = torch.baddbmm(constant.unsqueeze(1), behaviors, per_target.transpose(1, 2))  # (B, L, hidden)
         slope, weight = self.activation.weight, self.second.weight
         scores = linear(hidden, slope * weight) + linear(hidden.relu(), (1.0 - slope) * weight, self.second.bias)
         return scores.squeeze(-1)

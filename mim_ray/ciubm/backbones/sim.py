@@ -20,11 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from mim_ray.ciubm.backbones.attention import TargetAttention, best, newest, take
+from mim_ray.ciubm.backbones.attention import TargetAttention, as_mask, best, newest, take
 from mim_ray.ciubm.backbones.dien import Dien
 from mim_ray.ciubm.backbones.din import Din
 from mim_ray.ciubm.backbones.face import Side
 from mim_ray.ciubm.backbones.gaps import NUM_GAPS, gap_bucket
+
+_FEW = (
+    4  # up to so many times num_searched behaviors, masking those not found costs less than taking the found ones out
+)
 
 
 class Sim(nn.Module):
@@ -84,6 +88,9 @@ class Sim(nn.Module):
             index, found_mask = newest(mask & side.same_category, self.num_searched)
         else:
             index, found_mask = best(scores.detach(), mask, self.num_searched)
+        length = behaviors.shape[1]
+        if length <= _FEW * self.num_searched and self.gaps is None:
+            return self.exact(target, behaviors, as_mask(index, found_mask, length), side.content)
         found = take(behaviors, index)
         if self.gaps is not None:
             found = torch.cat([found, self.gaps(take(gap_bucket(side.age_s), index))], dim=-1)

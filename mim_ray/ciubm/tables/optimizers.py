@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 OptimizerName = Literal["adam", "rowwise_adagrad"]
+_CHUNK_ROWS = 8_192  # what a chunk needs stays in the processor's cache
 
 
 class RowOptimizer:
@@ -63,18 +64,21 @@ class LazyAdam(RowOptimizer):
 
     def _move(self, weight: Tensor, rows: Tensor, gradients: Tensor, learning_rate: float, weight_decay: float) -> None:
         first, second = self.betas
-        moments = self._slot("moments", len(weight), 2, weight.shape[1], like=weight)  # side by side: one gather for both
-        met = moments.index_select(0, rows)
-        mean, square = met.unbind(1)
-        mean.lerp_(gradients, 1 - first)
-        square.mul_(second).addcmul_(gradients, gradients, value=1 - second)
-        moments.index_copy_(0, rows, met)
+        means, squares = (
+            self._slot("mean", *weight.shape, like=weight),
+            self._slot("square", *weight.shape, like=weight),
+        )
         correction = (1 - second**self.num_steps) ** 0.5 / (1 - first**self.num_steps)
-        current = weight.index_select(0, rows)
-        if weight_decay > 0:
-            current.mul_(1 - learning_rate * weight_decay)
-        current.addcdiv_(mean, square.sqrt().add_(self.eps), value=-learning_rate * correction)
-        weight.index_copy_(0, rows, current)
+        for some, gradient in zip(rows.split(_CHUNK_ROWS), gradients.split(_CHUNK_ROWS), strict=True):
+            mean = means.index_select(0, some).lerp_(gradient, 1 - first)
+            square = squares.index_select(0, some).mul_(second).addcmul_(gradient, gradient, value=1 - second)
+            means.index_copy_(0, some, mean)
+            squares.index_copy_(0, some, square)
+            current = weight.index_select(0, some)
+            if weight_decay > 0:
+                current.mul_(1 - learning_rate * weight_decay)
+            current.addcdiv_(mean, square.sqrt_().add_(self.eps), value=-learning_rate * correction)
+            weight.index_copy_(0, some, current)
 
 
 class RowwiseAdagrad(RowOptimizer):
