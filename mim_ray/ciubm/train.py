@@ -9,35 +9,44 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from mim_ray import artifacts
 from mim_ray.ciubm.dataset import Content, ImpressionEncoder
 from mim_ray.ciubm.export import save_model
+from mim_ray.ciubm.features import Features
 from mim_ray.ciubm.model import NetworkConfig
 from mim_ray.ciubm.trainer import Trainer
 from mim_ray.ciubm.vocabulary_build import Vocabularies, build_vocabularies
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import Ciubm
-from mim_ray.errors import ArtifactError
+from mim_ray.data.features import check_features
+from mim_ray.errors import ArtifactError, DataError
+from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.snapshot_line import keep_snapshot, kept_snapshots
 from mim_ray.runtime.summary import StageResult
 from mim_ray.training.run import rank, report, run_workers
 
 
-def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None, output: str) -> StageResult:
+def run(
+    scenario: Scenario, *, variant: str, samples: str, snapshot: str | None, output: str, queries: str | None = None
+) -> StageResult:
     """Train `variant` (BACKBONE-base, -mim or -style) and leave it at `output`, as ciubm/export.py describes.
 
     An interrupted run goes on from what it left in `output` when it is called again.
 
     Args:
         samples: URI of the samples. snapshot: URI of the embeddings behind Eqs. 7-9, None for base.
+        queries: URI of the vectors by query id, of the same encoder; None where there are none.
 
     Raises:
         ArtifactError: content is asked for and there is no snapshot.
         NonFiniteLossError: training diverged.
-        DataError: there are no training rows, or they have labels other than 0 and 1.
+        ConfigError: declared features that cannot be meant.
+        DataError: there are no training rows, they have labels other than 0 and 1, or they lack the times or queries that
+            the settings ask for.
     """
     backbone, _, content = variant.partition("-")
     settings = scenario.ciubm
@@ -48,19 +57,33 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
     goes_on = vocabularies is not None
     opened = None if content == "base" or snapshot is None else _opened(snapshot, owner if goes_on else None)
     if vocabularies is None:
-        vocabularies = build_vocabularies(samples, min_item_count=settings.min_item_count)
+        check_features(scenario)
+        vocabularies = build_vocabularies(
+            samples,
+            min_item_count=settings.min_item_count,
+            declared=scenario.data.features,
+            transforms=settings.features,
+        )
         vocabularies.save(f"{output}/vocabulary")
-    items, users = vocabularies.items, vocabularies.users
+    items, users, features = vocabularies.items, vocabularies.users, vocabularies.features
     if opened is not None and not (Content(opened, items).rows >= 0).any():
         raise ArtifactError(
             f"{snapshot} holds no embedding of any item of the catalogue. Run jobs/extract.py again on these samples."
         )
-    network = network_config(settings, backbone, None if opened is None else opened.width)
+    asked = _queries(settings, content, opened, queries, samples)
+    network = replace(
+        network_config(settings, backbone, None if opened is None else opened.width),
+        time_gaps=_time_gaps(settings, features, samples),
+        context_width=features.context_width(settings.id_dim),
+        query_interest=settings.query_interest and content == "mim",
+        query_width=asked.width if asked is not None and settings.query_vector else 0,
+    )
     config = {
         "settings": settings.model_dump(mode="json"),
         "network": network.to_json(),
         "samples": samples,
         "snapshot": None if opened is None else opened.uri,
+        "queries": None if asked is None else asked.line,
         "output": output,
         "label": variant,
         "positive_ratio": vocabularies.positive_ratio,
@@ -82,6 +105,9 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
         "content": content,
         "encoder_version": None if opened is None else opened.encoder_version,
         "snapshot": config["snapshot"],
+        "queries": None
+        if asked is None
+        else {"line": asked.line, "width": asked.width, "encoder_version": asked.encoder_version},
         "network": config["network"],
         "max_behaviors": settings.max_behaviors,
         "id_dim": settings.id_dim,
@@ -94,6 +120,7 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
     rows = [
         ("train", f"{metrics['num_train_rows']:,} rows, {metrics['rows_per_s']:,.0f} rows/s"),
         ("tables", f"{items.num_table_rows:,} items, {items.num_category_rows:,} categories, {len(users) + 1:,} users"),
+        *([("features", features.describe())] if features.kinds else []),
         ("content", "none" if opened is None else f"{opened.encoder_version}, width {opened.width}"),
         ("validation AUC", "no rows of both labels" if validation is None else f"{validation:.4f} (mean over seeds)"),
         *_stopped(results),
@@ -126,7 +153,11 @@ def make_encoder(config: dict[str, Any]) -> ImpressionEncoder:
     assert vocabularies is not None, config["output"]
     items = vocabularies.items
     content = None if config["snapshot"] is None else Content(Snapshot.open(config["snapshot"], verify=False), items)
-    return ImpressionEncoder(items, vocabularies.users, content, config["settings"]["max_behaviors"])
+    queries = None if config["queries"] is None else Snapshot.open(config["queries"], verify=False)
+    settings = config["settings"]
+    return ImpressionEncoder(
+        items, vocabularies.users, content, settings["max_behaviors"], vocabularies.features, queries
+    )
 
 
 def network_config(settings: Ciubm, backbone: str, content_width: int | None) -> NetworkConfig:
@@ -154,6 +185,32 @@ def network_config(settings: Ciubm, backbone: str, content_width: int | None) ->
         sim_short=settings.sim_short,
         auxiliary_weight=settings.auxiliary_weight,
     )
+
+
+def _time_gaps(settings: Ciubm, features: Features, samples: str) -> bool:
+    if settings.time_gaps and features.typical_age_s is None:
+        raise DataError(
+            f"ciubm.time_gaps is true, but no impression of {samples}/impressions/train has behavior_times. Add that column "
+            "to your impressions table, or set ciubm.time_gaps=false."
+        )
+    return settings.time_gaps
+
+
+def _queries(
+    settings: Ciubm, content: str, snapshot: Snapshot | None, queries: str | None, samples: str
+) -> Snapshot | None:
+    """The queries' vectors, None where the model uses none."""
+    if not settings.query_vector and not (settings.query_interest and content == "mim"):
+        return None
+    if queries is None:
+        raise DataError(
+            f"ciubm.query_interest or ciubm.query_vector is true, but no impression of {samples} has a query that was "
+            "encoded. Add query_text or query_image to the impressions, or set both to false."
+        )
+    opened = Snapshot.open(queries)
+    if content == "mim" and snapshot is not None:
+        check_versions(snapshot.encoder_version, opened.encoder_version, expected_by=snapshot.uri, found_in=opened.uri)
+    return opened
 
 
 def _opened(snapshot: str, owner: str | None) -> Snapshot:

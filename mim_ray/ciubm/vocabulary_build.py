@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mim_ray import artifacts
+from mim_ray.ciubm.feature_learning import learn_features
+from mim_ray.ciubm.features import Features
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
+from mim_ray.config.scenario import Feature, FeatureTransform
 from mim_ray.data.batches import ordered_batches
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.errors import DataError
@@ -23,17 +27,20 @@ _SUMMARY = "train.json"
 class Vocabularies:
     """
     Attributes:
+        features: the declared ones, and the behaviors' ages.
         positive_ratio: share of train's rows with label 1.
     """
 
     items: ItemIndex
     users: Vocabulary
+    features: Features
     positive_ratio: float
 
     def save(self, uri: str) -> None:
-        """Write items.arrow, categories.json, users.arrow and, last, train.json below `uri`."""
+        """Write items.arrow, categories.json, users.arrow, what Features.save does and, last, train.json below `uri`."""
         self.items.save(uri)
         self.users.save(f"{uri}/users.arrow")
+        self.features.save(uri)
         artifacts.write_json(f"{uri}/{_SUMMARY}", {"positive_ratio": self.positive_ratio})
 
     @classmethod
@@ -46,11 +53,21 @@ class Vocabularies:
         if not artifacts.exists(f"{uri}/{_SUMMARY}"):
             return None
         summary = artifacts.read_json(f"{uri}/{_SUMMARY}")
-        return cls(ItemIndex.load(uri), Vocabulary.load(f"{uri}/users.arrow"), summary["positive_ratio"])
+        users, features = Vocabulary.load(f"{uri}/users.arrow"), Features.load(uri)
+        return cls(ItemIndex.load(uri), users, features, summary["positive_ratio"])
 
 
-def build_vocabularies(samples: str, *, min_item_count: int) -> Vocabularies:
+def build_vocabularies(
+    samples: str,
+    *,
+    min_item_count: int,
+    declared: Sequence[Feature] = (),
+    transforms: Mapping[str, FeatureTransform] | None = None,
+) -> Vocabularies:
     """Items of the catalogue and users of train. An item that train met `min_item_count` times as a target gets a row.
+
+    Args:
+        declared, transforms: the features, and the settings of those of them that differ from the defaults.
 
     Raises:
         DataError: train has labels other than 0 and 1.
@@ -69,7 +86,9 @@ def build_vocabularies(samples: str, *, min_item_count: int) -> Vocabularies:
     codes, names = catalogue.category_codes
     items = ItemIndex.build(catalogue.ids, codes, names, counts[:-1], min_item_count)
     distinct = pa.chunked_array(users or [pa.array([], pa.string())]).unique().drop_null()
-    return Vocabularies(items, Vocabulary(distinct.take(pc.sort_indices(distinct))), labels.positive_ratio())
+    users_of_train = Vocabulary(distinct.take(pc.sort_indices(distinct)))
+    features = learn_features(labels.source, declared, transforms or {})
+    return Vocabularies(items, users_of_train, features, labels.positive_ratio())
 
 
 class _Labels:
