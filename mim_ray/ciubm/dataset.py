@@ -32,7 +32,7 @@ class IndexedBatch:
 
     Attributes:
         user: (B,) row of the user table, 0 unknown.
-        item_row, category: (U,) rows of the item and category tables, 0 unknown; item_row ascends.
+        item_row, category: (U,) rows of the item and category tables, 0 unknown; the encoder's item_row ascends.
         mm: (U, D) MM embeddings, zero without content; None for the base model.
         target: (B,) place among the U items. behaviors: (B, L) places, pads are 0. behavior_mask: (B, L).
         label: (B,) float32, None when there is none.

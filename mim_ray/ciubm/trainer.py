@@ -78,7 +78,7 @@ class Trainer:
         self.network.start_at(config["positive_ratio"])
         self.tables = create_tables(settings, encoder.num_table_rows(with_user=settings.use_user_id), self.seed)
         groups = parameter_groups(self.network, settings.learning_rate, settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.course = Course(steps_per_epoch=self.batches.steps_per_epoch)
 
     def fit(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ needs_torchrec = pytest.mark.skipif(
     reason=f"TorchRec cannot be loaded ({missing}). In an environment of its own: pip install -e '.[torchrec,dev]' && "
     "pip install --no-deps torchrec==1.9.2",
 )
-ROWS = {"item": 11, "category": 3, "user": 1}
+ROWS = {"item": 11, "category": 3, "feature.os": 1}
 """Blocks of 6 and 5, of 2 and 1, and of 1 and none with two workers."""
 BATCHES = [
     ([3, 1, 4, 1], [2, 2, 0, 1], [0, 0, 0, 0]),
@@ -132,4 +132,4 @@ def test_the_scenario_chooses_the_optimizer() -> None:
     tables.embed({"item": torch.tensor([1])}, train=True)["item"].sum().backward()
     tables.step(0.1)
     assert tables["item"].optimizer.slots["square"].shape == (11,)
-    assert tables.state()["user"].shape == (1, 5)
+    assert tables.state()["feature.os"].shape == (1, 5)

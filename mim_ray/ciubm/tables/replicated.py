@@ -130,9 +130,12 @@ class IdTables:
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Take what `optimizer_state` gave (not copies); the tables must have the same names and sizes."""
+        slots: dict[str, dict[str, Tensor]] = {name: {} for name in self.tables}
+        for key, value in state.items():
+            name, _, slot = key.rpartition(".")
+            slots[name][slot] = value
         for name, table in self.tables.items():
-            prefix = f"{name}."
-            table.optimizer.load_state({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+            table.optimizer.load_state(slots[name])
 
     def grow(self, num_rows: Mapping[str, int], *, seed: int) -> None:
         """As Tables.grow."""

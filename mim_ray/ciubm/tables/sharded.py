@@ -70,7 +70,7 @@ class ShardedTables:
         empty = torch.zeros(0, dtype=torch.int64)
         asked = {name: torch.unique(rows.get(name, empty), return_inverse=True) for name in self.num_rows}
         features = KeyedJaggedTensor(
-            keys=list(asked),
+            keys=[_key(name) for name in asked],
             values=torch.cat([distinct for distinct, _ in asked.values()]),
             lengths=torch.tensor([len(distinct) for distinct, _ in asked.values()]),
         )
@@ -80,7 +80,8 @@ class ShardedTables:
             found = self._module.compute(context, held)
         for part in found:
             part.requires_grad_(train)
-        distinct = {name: value.values() for name, value in self._module.output_dist(context, found).items()}
+        answers = self._module.output_dist(context, found)
+        distinct = {name: answers[_key(name)].values() for name in asked}
         embedded = {name: distinct[name].detach().index_select(0, asked[name][1]) for name in rows}
         if train:
             for leaf in embedded.values():
@@ -168,11 +169,11 @@ class ShardedTables:
         return _rows_of_rank(self.num_rows[name], dist.get_rank())
 
     def _weight(self, name: str) -> Tensor:
-        return _local(self._module.state_dict()[f"embeddings.{name}.weight"], self.width)
+        return _local(self._module.state_dict()[f"embeddings.{_key(name)}.weight"], self.width)
 
     def _square(self, name: str) -> Tensor:
         state = self._module.fused_optimizer.state_dict()["state"]
-        return _local(state[f"embeddings.{name}.weight"][f"{name}.{_MOMENTUM}"])
+        return _local(state[f"embeddings.{_key(name)}.weight"][f"{_key(name)}.{_MOMENTUM}"])
 
     def _gathered(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole: dict[str, Tensor] = {}
@@ -184,6 +185,11 @@ class ShardedTables:
                 if dist.get_rank() == 0:
                     whole[name][start : start + len(chunk)] = chunk
         return whole
+
+
+def _key(name: str) -> str:
+    """TorchRec's name of a table: it allows no dots."""
+    return name.replace(".", "/")
 
 
 def _rows_of_rank(num_rows: int, rank: int) -> slice:
@@ -228,7 +234,7 @@ def _sharded_collection(num_rows: Mapping[str, int], width: int) -> Any:
     collection = EmbeddingCollection(
         device=torch.device("meta"),
         tables=[
-            EmbeddingConfig(name=name, embedding_dim=width, num_embeddings=rows, feature_names=[name])
+            EmbeddingConfig(name=_key(name), embedding_dim=width, num_embeddings=rows, feature_names=[_key(name)])
             for name, rows in num_rows.items()
         ],
     )
@@ -238,7 +244,7 @@ def _sharded_collection(num_rows: Mapping[str, int], width: int) -> Any:
     world = dist.get_world_size()
     plan = construct_module_sharding_plan(
         collection,
-        {name: row_wise(compute_kernel="fused") for name in num_rows},
+        {_key(name): row_wise(compute_kernel="fused") for name in num_rows},
         sharder,
         local_size=world,
         world_size=world,
