@@ -90,6 +90,7 @@ def mim_over_base(plan: Plan) -> dict[str, Any]:
         flops[name] = {
             "train": round(counted[1].train / counted[0].train, 3),
             "inference": round(counted[1].inference / counted[0].inference, 3),
+            "base_mflops": [round(count / 1e6, 3) for count in counted[0]],
         }
         of_base, of_mim = seconds_in_turn(
             _in_turn(steps[0], base), _in_turn(steps[1], mim), budget_s=plan.budget_s, least=plan.least

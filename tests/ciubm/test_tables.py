@@ -10,6 +10,7 @@ import torch
 
 from mim_ray.ciubm.tables import EmbeddingTable, IdTables
 from mim_ray.ciubm.tables.gradients import summed_by_row
+from mim_ray.ciubm.tables.hand_out import hand_out
 from mim_ray.ciubm.tables.optimizers import OptimizerName
 
 
@@ -174,3 +175,28 @@ def test_two_workers_match_one_on_joined_batches(
     first, second = gloo_workers(lambda rank: steps(rank, 2), 2)
     assert torch.equal(torch.as_tensor(first["item"]), torch.as_tensor(second["item"]))
     assert torch.allclose(torch.as_tensor(first["item"]), alone, atol=1e-6)
+
+
+def test_handing_items_out_has_the_gradient_of_a_lookup() -> None:
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randn(7, 3, generator=generator, requires_grad=True)
+    target, behaviors = torch.tensor([6, 0]), torch.tensor([[0, 2, 2, 5], [2, 0, 0, 0]])  # 1, 3 and 4 are nowhere
+    weights = torch.randn(2, 4, 3, generator=generator)
+
+    def loss(of_target: torch.Tensor, of_behaviors: torch.Tensor) -> torch.Tensor:
+        return of_target.sin().sum() + (of_behaviors * weights).sum()
+
+    (expected,) = torch.autograd.grad(loss(items[target], items[behaviors]), items)
+    (gradient,) = torch.autograd.grad(loss(*hand_out(items, target, behaviors)), items)
+    assert torch.allclose(gradient, expected, atol=1e-6)
+    assert not gradient[[1, 3, 4]].any()
+
+
+def test_a_table_whose_name_begins_like_another_gets_its_own_state() -> None:
+    tables = IdTables.create({"feature.a": 2, "feature.a.b": 3}, 2, seed=0)
+    for name in ("feature.a", "feature.a.b"):
+        tables.embed({name: torch.tensor([1])}, train=True)[name].sum().backward()
+    tables.step(0.1)
+    again = IdTables.from_state(tables.state())
+    again.load_optimizer_state(tables.optimizer_state())
+    assert [set(again[name].optimizer.slots) for name in ("feature.a", "feature.a.b")] == [{"mean", "square"}] * 2
