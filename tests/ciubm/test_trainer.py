@@ -50,6 +50,7 @@ def config_of(samples: str, output: str, **changes: Any) -> dict[str, Any]:
         "network": train.network_config(settings, "din", None).to_json(),
         "samples": samples,
         "snapshot": None,
+        "queries": None,
         "output": output,
         "label": "din-base",
         "positive_ratio": vocabularies.positive_ratio,
