@@ -90,7 +90,7 @@ class ImpressionEncoder:
         behaviors = np.zeros((size, longest), np.int64)
         behaviors[mask] = place[size:][(start[:, None] + np.arange(longest))[mask]]
         target, user = place[:size], self._users(table)
-        item_row = self.items.table_row[position]
+        item_row = np.append(self.items.rows(met.dictionary, position[:-1]), 0)
         if id_dropout > 0 and generator is not None:
             dropped = np.flatnonzero(generator.random(size) < id_dropout)
             position = np.concatenate([position, position[target[dropped]]])

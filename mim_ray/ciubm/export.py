@@ -3,6 +3,7 @@
 ctr/<variant>/ctr.json                   variant, architecture, encoder version, metrics
               vocabulary/                items.arrow, categories.json, users.arrow
               seed-<s>/network.safetensors, tables.safetensors
+                       optimizer.safetensors, for a training that goes on from here; serving does not read it
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Ranker:
         places[:, :num_behaviors] = np.arange(num_behaviors)
         batch = IndexedBatch(
             user=torch.from_numpy(np.repeat(self.users.encode([user_id]), num_candidates)),
-            item_row=torch.from_numpy(self.items.table_row[position]),
+            item_row=torch.from_numpy(self.items.rows(ids, position)),
             category=torch.from_numpy(category),
             mm=None if mm is None else torch.from_numpy(mm),
             target=torch.arange(num_behaviors, len(ids)),
@@ -101,10 +102,32 @@ class Ranker:
         return Ranker(self.info, self.items, self.users, [self.models[index]])
 
 
-def save_model(uri: str, network: CtrNetwork, tables: Mapping[str, Tensor]) -> None:
-    """Write one seed's network and the weights of its tables below `uri`."""
-    artifacts.write_tensors(f"{uri}/tables.safetensors", tables)
-    artifacts.write_tensors(f"{uri}/network.safetensors", network.state_dict())
+def save_model(uri: str, state: Mapping[str, Tensor]) -> None:
+    """Write one seed's state below `uri`: tensors called network/… and tables/… (what serving reads), and optimizers."""
+    parts: dict[str, dict[str, Tensor]] = {"network": {}, "tables": {}, "optimizer": {}}
+    for name, tensor in state.items():
+        part, _, rest = name.partition("/")
+        if part in ("network", "tables"):
+            parts[part][rest] = tensor
+        else:
+            parts["optimizer"][name] = tensor
+    for part, tensors in parts.items():
+        if tensors:
+            artifacts.write_tensors(f"{uri}/{part}.safetensors", tensors)
+
+
+def load_state(uri: str) -> dict[str, Tensor]:
+    """All that `save_model` was given.
+
+    Raises:
+        ArtifactError: missing or damaged.
+    """
+    state = artifacts.read_tensors(f"{uri}/optimizer.safetensors")
+    for part in ("network", "tables"):
+        state |= {
+            f"{part}/{name}": tensor for name, tensor in artifacts.read_tensors(f"{uri}/{part}.safetensors").items()
+        }
+    return state
 
 
 def load_ranker(uri: str, *, encoder_version: str | None = None) -> Ranker:

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mim_ray import artifacts
+from mim_ray.ciubm.continuing import Earlier, copy_later_rows, times_of
 from mim_ray.ciubm.dataset import Content, ImpressionEncoder
-from mim_ray.ciubm.export import save_model
+from mim_ray.ciubm.export import load_state, save_model
 from mim_ray.ciubm.model import NetworkConfig
 from mim_ray.ciubm.trainer import Trainer
 from mim_ray.ciubm.vocabulary_build import Vocabularies, build_vocabularies
@@ -29,13 +30,15 @@ from mim_ray.training.run import rank, report, run_workers
 def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None, output: str) -> StageResult:
     """Train `variant` (BACKBONE-base, -mim or -style) and leave it at `output`, as ciubm/export.py describes.
 
-    An interrupted run goes on from what it left in `output` when it is called again.
+    An interrupted run goes on from what it left in `output` when it is called again. With ciubm.continue_from it begins
+    with an earlier model and trains on later rows only (continuing.py).
 
     Args:
         samples: URI of the samples. snapshot: URI of the embeddings behind Eqs. 7-9, None for base.
 
     Raises:
-        ArtifactError: content is asked for and there is no snapshot.
+        ArtifactError: content is asked for and there is no snapshot; or the earlier model does not fit.
+        VersionMismatchError: the earlier model is of another encoder version.
         NonFiniteLossError: training diverged.
         DataError: there are no training rows, or they have labels other than 0 and 1.
     """
@@ -47,19 +50,36 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
     vocabularies = Vocabularies.load(f"{output}/vocabulary")
     goes_on = vocabularies is not None
     opened = None if content == "base" or snapshot is None else _opened(snapshot, owner if goes_on else None)
+    earlier = (
+        None
+        if settings.continue_from is None
+        else Earlier.open(artifacts.absolute_uri(settings.continue_from), variant)
+    )
+    network = network_config(settings, backbone, None if opened is None else opened.width)
+    times = times_of(samples)
+    rows = f"{samples}/impressions/train"
+    if earlier is not None:
+        earlier.check(settings, network, None if opened is None else opened.encoder_version)
+        rows = _later_rows(rows, earlier.check_times(times, samples), f"{output}/train/rows")
     if vocabularies is None:
-        vocabularies = build_vocabularies(samples, min_item_count=settings.min_item_count)
+        vocabularies = build_vocabularies(
+            samples,
+            min_item_count=settings.min_item_count,
+            hash_rows=settings.num_hash_rows,
+            earlier=None if earlier is None else earlier.vocabularies,
+        )
         vocabularies.save(f"{output}/vocabulary")
     items, users = vocabularies.items, vocabularies.users
     if opened is not None and not (Content(opened, items).rows >= 0).any():
         raise ArtifactError(
             f"{snapshot} holds no embedding of any item of the catalogue. Run jobs/extract.py again on these samples."
         )
-    network = network_config(settings, backbone, None if opened is None else opened.width)
     config = {
         "settings": settings.model_dump(mode="json"),
         "network": network.to_json(),
         "samples": samples,
+        "rows": rows,
+        "earlier": None if earlier is None else earlier.uri,
         "snapshot": None if opened is None else opened.uri,
         "output": output,
         "label": variant,
@@ -86,19 +106,23 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
         "max_behaviors": settings.max_behaviors,
         "id_dim": settings.id_dim,
         "seeds": list(settings.seeds),
+        "table_optimizer": settings.table_optimizer,
+        "times": times,
+        "continued_from": config["earlier"],
         "metrics": metrics,
     }
     artifacts.write_json(f"{output}/ctr.json", info)
     artifacts.remove(f"{output}/train")
     validation = metrics["validation_auc"]
-    rows = [
+    lines = [
         ("train", f"{metrics['num_train_rows']:,} rows, {metrics['rows_per_s']:,.0f} rows/s"),
         ("tables", f"{items.num_table_rows:,} items, {items.num_category_rows:,} categories, {len(users) + 1:,} users"),
         ("content", "none" if opened is None else f"{opened.encoder_version}, width {opened.width}"),
         ("validation AUC", "no rows of both labels" if validation is None else f"{validation:.4f} (mean over seeds)"),
         *_stopped(results),
+        *([] if earlier is None else [("goes on from", f"{earlier.uri}, on later rows only")]),
     ]
-    return StageResult(metrics=metrics, rows=rows)
+    return StageResult(metrics=metrics, rows=lines)
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -110,11 +134,13 @@ def train_loop(config: dict[str, Any]) -> None:
         if artifacts.exists(f"{folder}/metrics.json"):
             continue
         trainer = Trainer(config, encoder, seed)
+        if config["earlier"] is not None:
+            trainer.go_on(load_state(f"{config['earlier']}/seed-{seed}"))
         trainer.resume()
         metrics = trainer.fit()
-        weights = trainer.tables.state()
+        state = trainer.state()
         if rank() == 0:
-            save_model(folder, trainer.network, weights)
+            save_model(folder, state)
             artifacts.write_json(f"{folder}/metrics.json", metrics)
             artifacts.remove(trainer.folder)
     report({"finished": True})
@@ -161,6 +187,14 @@ def _opened(snapshot: str, owner: str | None) -> Snapshot:
     opened = Snapshot.open(snapshot)
     kept = None if owner is None else kept_snapshots(opened.line).get(owner)
     return opened if kept in (None, opened.snapshot_id) else Snapshot.open(f"{opened.line}/{kept}")
+
+
+def _later_rows(source: str, after_us: int, target: str) -> str:
+    """The URI `target`, with the rows of `source` that are later than `after_us`; an interrupted attempt's copy is kept."""
+    done = f"{target}.json"
+    if not artifacts.exists(done):
+        artifacts.write_json(done, {"num_rows": copy_later_rows(source, after_us, target)})
+    return target
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ class Trainer:
         self.folder = f"{config['output']}/train/seed-{seed}"
         self.validation = f"{config['samples']}/impressions/validation"
         self.batches = RowBatches(
-            f"{config['samples']}/impressions/train",
+            config["rows"],
             [*COLUMNS, "label"],
             settings.batch_size,
             self.seed,
@@ -79,6 +79,7 @@ class Trainer:
         num_rows = {"item": encoder.items.num_table_rows, "category": encoder.items.num_category_rows}
         if settings.use_user_id:
             num_rows["user"] = len(encoder.users) + 1
+        self.num_rows = num_rows
         self.tables = create_tables(settings, num_rows, self.seed)
         groups = parameter_groups(self.network, settings.learning_rate, settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)
@@ -127,6 +128,11 @@ class Trainer:
             "data_wait_ratio": round(waited / seconds, 4),
         }
 
+    def go_on(self, state: dict[str, Tensor]) -> None:
+        """Begin with what `state` gave of an earlier training; the tables grow to this one's vocabularies."""
+        self._load(state)
+        self.tables.grow(self.num_rows, seed=self.seed)
+
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one; with another number of workers as nearly as that allows."""
         found = checkpoint.load(f"{self.folder}/checkpoints")
@@ -149,15 +155,7 @@ class Trainer:
                 )
             print(text, flush=True)
 
-    def _save(self) -> None:
-        """A checkpoint. Best states that it does not name are deleted."""
-        checkpoint.save(f"{self.folder}/checkpoints", self.course.step, self._state(), {}, asdict(self.course))
-        if rank() == 0:
-            for uri in artifacts.list_files(f"{self.folder}/best", ".safetensors"):
-                if uri.rpartition("/")[2] != self.course.best_state:
-                    artifacts.remove(uri)
-
-    def _state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """Weights and optimizers. Collective: sharded tables come together."""
         return (
             checkpoint.with_prefix("network", self.network.state_dict())
@@ -165,6 +163,14 @@ class Trainer:
             | checkpoint.with_prefix("tables", self.tables.state())
             | checkpoint.with_prefix("table_optimizer", self.tables.optimizer_state())
         )
+
+    def _save(self) -> None:
+        """A checkpoint. Best states that it does not name are deleted."""
+        checkpoint.save(f"{self.folder}/checkpoints", self.course.step, self.state(), {}, asdict(self.course))
+        if rank() == 0:
+            for uri in artifacts.list_files(f"{self.folder}/best", ".safetensors"):
+                if uri.rpartition("/")[2] != self.course.best_state:
+                    artifacts.remove(uri)
 
     def _load(self, state: dict[str, Tensor]) -> None:
         self.network.load_state_dict(checkpoint.under_prefix("network", state))
@@ -218,7 +224,7 @@ class Trainer:
         course.best, course.best_state = len(course.evaluations) - 1, None
         if course.step < self.total:
             course.best_state = f"{course.step:08d}-of-{world_size()}.safetensors"
-            state = self._state()
+            state = self.state()
             if rank() == 0:
                 artifacts.write_tensors(f"{self.folder}/best/{course.best_state}", state)
 
@@ -243,7 +249,6 @@ class Trainer:
         logit, label = _joined(torch.cat(logits)).numpy(), _joined(torch.cat(labels)).numpy()
         prob = 1.0 / (1.0 + np.exp(-logit.astype(np.float64)))
         return {"auc": auc(label, logit), "log_loss": log_loss(label, prob), "rows": len(label)}
-
 
     def _share_of_validation(self) -> Iterator[pa.Table]:
         """This worker's batches: as many as every other worker's (lookups may be collective), so the last may be empty."""

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mim_ray import artifacts
-from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
+from mim_ray.ciubm.vocabulary import HashedVocabulary, ItemIndex, Vocabulary
 from mim_ray.data.batches import ordered_batches
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.errors import DataError
@@ -29,6 +29,15 @@ class Vocabularies:
     items: ItemIndex
     users: Vocabulary
     positive_ratio: float
+
+    @property
+    def num_rows(self) -> dict[str, int]:
+        """Of each table, the unknown row included."""
+        return {
+            "item": self.items.num_table_rows,
+            "category": self.items.num_category_rows,
+            "user": len(self.users) + 1,
+        }
 
     def save(self, uri: str) -> None:
         """Write items.arrow, categories.json, users.arrow and, last, train.json below `uri`."""
@@ -49,27 +58,41 @@ class Vocabularies:
         return cls(ItemIndex.load(uri), Vocabulary.load(f"{uri}/users.arrow"), summary["positive_ratio"])
 
 
-def build_vocabularies(samples: str, *, min_item_count: int) -> Vocabularies:
-    """Items of the catalogue and users of train. An item that train met `min_item_count` times as a target gets a row.
+def build_vocabularies(
+    samples: str, *, min_item_count: int, hash_rows: int | None = None, earlier: Vocabularies | None = None
+) -> Vocabularies:
+    """Items of the catalogue and users of train.
+
+    Args:
+        min_item_count: how often an item must be a target in train to get a row of its own.
+        hash_rows: rows that all ids share, of items and of users; None: explicit vocabularies.
+        earlier: whose items, users and categories keep their rows; it says whether vocabularies are hashed.
 
     Raises:
         DataError: train has labels other than 0 and 1.
     """
     catalogue = Catalogue.open(f"{samples}/catalogue")
+    codes, names = catalogue.category_codes
+    hashed = earlier.items.hashed is not None if earlier is not None else hash_rows is not None
     counts = np.zeros(catalogue.num_items + 1, np.int64)  # the last is of ids that are not in the catalogue
-    users: list[pa.Array] = []
+    met_users: list[pa.Array] = []
     labels = _Labels(f"{samples}/impressions/train")
     for table in ordered_batches(labels.source, _COLUMNS, 65_536):
         labels.add(table)
+        if hashed:
+            continue
         met = table["item_id"].value_counts()
         np.add.at(counts, catalogue.rows(met.field("values")), met.field("counts").to_numpy())
-        users.append(table["user_id"].unique())
-        if len(users) == 64:
-            users = [pa.chunked_array(users).unique()]
-    codes, names = catalogue.category_codes
-    items = ItemIndex.build(catalogue.ids, codes, names, counts[:-1], min_item_count)
-    distinct = pa.chunked_array(users or [pa.array([], pa.string())]).unique().drop_null()
-    return Vocabularies(items, Vocabulary(distinct.take(pc.sort_indices(distinct))), labels.positive_ratio())
+        met_users.append(table["user_id"].unique())
+        if len(met_users) == 64:
+            met_users = [pa.chunked_array(met_users).unique()]
+    distinct = pa.chunked_array(met_users or [pa.array([], pa.string())]).unique().drop_null()
+    distinct = distinct.take(pc.sort_indices(distinct))
+    found = (catalogue.ids, codes, names, counts[:-1], min_item_count)
+    if earlier is not None:
+        return Vocabularies(earlier.items.grow(*found), earlier.users.grow(distinct), labels.positive_ratio())
+    users = Vocabulary(distinct) if hash_rows is None else HashedVocabulary(hash_rows)
+    return Vocabularies(ItemIndex.build(*found, hash_rows=hash_rows), users, labels.positive_ratio())
 
 
 class _Labels:

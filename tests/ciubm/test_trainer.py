@@ -49,6 +49,8 @@ def config_of(samples: str, output: str, **changes: Any) -> dict[str, Any]:
         "settings": settings.model_dump(mode="json"),
         "network": train.network_config(settings, "din", None).to_json(),
         "samples": samples,
+        "rows": f"{samples}/impressions/train",
+        "earlier": None,
         "snapshot": None,
         "output": output,
         "label": "din-base",
