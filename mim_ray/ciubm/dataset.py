@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from mim_ray.ciubm.model import EmbeddedBatch
-from mim_ray.ciubm.tables import Tables
+from mim_ray.ciubm.tables import Lookup
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 from mim_ray.representation_center.snapshot import Snapshot
 
@@ -116,7 +116,7 @@ class ImpressionEncoder:
         return rows[np.asarray(met.indices.fill_null(len(rows) - 1))]
 
 
-def gather_batch(batch: IndexedBatch, tables: Tables, *, train: bool = False) -> EmbeddedBatch:
+def gather_batch(batch: IndexedBatch, tables: Lookup, *, train: bool = False) -> EmbeddedBatch:
     """Look the batch's ID embeddings up and hand them out to targets and behaviors."""
     rows = {"item": batch.item_row, "category": batch.category}
     if "user" in tables:

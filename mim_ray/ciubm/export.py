@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mim_ray import artifacts
 from mim_ray.ciubm.dataset import IndexedBatch, gather_batch
+from mim_ray.ciubm.machine_export import Machines, MachineTables, network_of
 from mim_ray.ciubm.model import CtrNetwork, NetworkConfig
-from mim_ray.ciubm.tables import IdTables
+from mim_ray.ciubm.tables import IdTables, Lookup
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 from mim_ray.errors import ArtifactError, VersionMismatchError
 
@@ -39,7 +40,7 @@ class Ranker:
         info: dict[str, Any],
         items: ItemIndex,
         users: Vocabulary,
-        models: Sequence[tuple[CtrNetwork, IdTables]],
+        models: Sequence[tuple[CtrNetwork, Lookup]],
     ) -> None:
         self.info = info
         self.variant: str = info["variant"]
@@ -130,11 +131,12 @@ def load_state(uri: str) -> dict[str, Tensor]:
     return state
 
 
-def load_ranker(uri: str, *, encoder_version: str | None = None) -> Ranker:
+def load_ranker(uri: str, *, encoder_version: str | None = None, machines: Machines | None = None) -> Ranker:
     """The CTR model at `uri` (ctr/<variant>).
 
     Args:
         encoder_version: of the embeddings that will be looked up, to be compared with the model's; None: no comparison.
+        machines: read ID tables and networks there (machine_export.py) instead of from files.
 
     Raises:
         ArtifactError: missing or damaged.
@@ -152,10 +154,17 @@ def load_ranker(uri: str, *, encoder_version: str | None = None) -> Ranker:
     models = []
     for seed in info["seeds"]:
         network = CtrNetwork(config)
+        folder = f"{uri}/seed-{seed}"
+        tables: Lookup
+        if machines is None:
+            weights = artifacts.read_tensors(f"{folder}/network.safetensors")
+            tables = IdTables.from_state(artifacts.read_tensors(f"{folder}/tables.safetensors"))
+        else:
+            weights = network_of(machines, seed)
+            tables = MachineTables(machines, seed, with_users=config.user_width > 0)
         try:
-            network.load_state_dict(artifacts.read_tensors(f"{uri}/seed-{seed}/network.safetensors"))
+            network.load_state_dict(weights)
         except RuntimeError as error:
-            raise ArtifactError(f"{uri}/seed-{seed} does not fit ctr.json ({error}). Train it again.") from None
-        tables = IdTables.from_state(artifacts.read_tensors(f"{uri}/seed-{seed}/tables.safetensors"))
+            raise ArtifactError(f"{folder} does not fit ctr.json ({error}). Train it again.") from None
         models.append((network.eval(), tables))
     return Ranker(info, items, users, models)
