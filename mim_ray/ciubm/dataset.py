@@ -33,6 +33,7 @@ class IndexedBatch:
         mm: (U, D) MM embeddings, zero without content; None for the base model.
         target: (B,) place among the U items. behaviors: (B, L) places, pads are 0. behavior_mask: (B, L).
         label: (B,) float32, None when there is none.
+        known: (U,) bool, False for ids that are not in the catalogue; None where nobody counts them.
     """
 
     user: Tensor
@@ -43,6 +44,7 @@ class IndexedBatch:
     behaviors: Tensor
     behavior_mask: Tensor
     label: Tensor | None
+    known: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.target)
@@ -108,12 +110,29 @@ class ImpressionEncoder:
             behaviors=torch.from_numpy(behaviors),
             behavior_mask=torch.from_numpy(mask),
             label=None if label is None else torch.from_numpy(label),
+            known=torch.from_numpy(position > 0),
         )
 
     def _users(self, table: pa.Table) -> np.ndarray:
         met = _array(table["user_id"]).dictionary_encode()
         rows = np.append(self.users.encode(met.dictionary), 0)  # the last is for null ids
         return rows[np.asarray(met.indices.fill_null(len(rows) - 1))]
+
+
+def count_input(batch: IndexedBatch) -> dict[str, int]:
+    """How many targets and behaviors a batch has, of them unknown to the catalogue, and known but without content.
+
+    They train all the same: by the unknown item's embedding, and by the zero vector as content.
+    """
+    assert batch.known is not None
+    missing = ~batch.known
+    bare = torch.zeros_like(missing) if batch.mm is None else batch.known & (batch.mm == 0).all(dim=1)
+    counts = {}
+    for name, places in (("targets", batch.target), ("behaviors", batch.behaviors[batch.behavior_mask])):
+        counts[name] = len(places)
+        counts[f"unknown_{name}"] = int(missing[places].sum())
+        counts[f"{name}_without_content"] = int(bare[places].sum())
+    return counts
 
 
 def gather_batch(batch: IndexedBatch, tables: Lookup, *, train: bool = False) -> EmbeddedBatch:

@@ -117,6 +117,7 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
     lines = [
         ("train", f"{metrics['num_train_rows']:,} rows, {metrics['rows_per_s']:,.0f} rows/s"),
         ("tables", f"{items.num_table_rows:,} items, {items.num_category_rows:,} categories, {len(users) + 1:,} users"),
+        *_input(results[0]["input"], with_content=opened is not None),
         ("content", "none" if opened is None else f"{opened.encoder_version}, width {opened.width}"),
         ("validation AUC", "no rows of both labels" if validation is None else f"{validation:.4f} (mean over seeds)"),
         *_stopped(results),
@@ -206,6 +207,17 @@ def _kept(snapshot: Snapshot | None, owner: str) -> Iterator[None]:
     keep_snapshot(snapshot.line, snapshot.snapshot_id, owner=owner)
     yield  # a job that dies keeps it, for the attempt that goes on
     keep_snapshot(snapshot.line, None, owner=owner)
+
+
+def _input(counts: dict[str, int], *, with_content: bool) -> list[tuple[str, str]]:
+    """A line for targets and one for behaviors that are not all known with their content; the first epoch's counts."""
+    lines = []
+    for name in ("targets", "behaviors"):
+        unknown, bare = counts.get(f"unknown_{name}", 0), counts.get(f"{name}_without_content", 0)
+        if unknown or (bare and with_content):
+            text = f"of {counts[name]:,} {unknown:,} not in the catalogue (trained as the unknown item)"
+            lines.append((name, text + (f", {bare:,} without an embedding (a zero vector)" if with_content else "")))
+    return lines
 
 
 def _stopped(results: list[dict[str, Any]]) -> list[tuple[str, str]]:
