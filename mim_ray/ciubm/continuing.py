@@ -11,7 +11,7 @@ later validation begins, and its validation rows (they chose its best state) bef
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +64,14 @@ class Earlier:
             raise ArtifactError(f"{uri} lacks what training needs to go on from it. Train it again with this version.")
         return cls(uri, info, vocabularies)
 
-    def check(self, settings: Ciubm, network: NetworkConfig, encoder_version: str | None) -> None:
+    def check(self, settings: Ciubm, features: Sequence[str], encoder_version: str | None) -> None:
         """
+        Args:
+            features: names of the declared ones.
+
         Raises:
             VersionMismatchError: its embeddings were of another encoder version.
-            ArtifactError: another architecture, other seeds, another kind of vocabulary.
+            ArtifactError: other seeds or features, another kind of vocabulary or optimizer.
         """
         trained_on = self.info["encoder_version"]
         if trained_on != encoder_version:
@@ -76,19 +79,30 @@ class Earlier:
                 f"{self.uri} was trained on embeddings of {trained_on}, but the embeddings at hand are of {encoder_version}. "
                 "Go on with that version's embeddings, or leave ciubm.continue_from out to train anew."
             )
-        was, now = NetworkConfig.from_json(self.info["network"]).to_json(), network.to_json()
-        differ = [f"{name} {was[name]} -> {now[name]}" for name in now if was[name] != now[name]]
         hashed = self.vocabularies.items.hashed
         kinds = [
             "explicit" if rows is None else f"hashed to {rows:,} rows"
-            for rows in (hashed and len(hashed), settings.num_hash_rows)
+            for rows in (None if hashed is None else len(hashed), settings.num_hash_rows)
         ]
-        if kinds[0] != kinds[1]:
-            differ.append(f"vocabulary {kinds[0]} -> {kinds[1]}")
-        if self.info["table_optimizer"] != settings.table_optimizer:
-            differ.append(f"table_optimizer {self.info['table_optimizer']} -> {settings.table_optimizer}")
-        if set(settings.seeds) - set(self.info["seeds"]):
-            differ.append(f"seeds {self.info['seeds']} -> {list(settings.seeds)}")
+        known = list(self.vocabularies.features.kinds)
+        differ = [
+            ("vocabulary", kinds[0], kinds[1], kinds[0] == kinds[1]),
+            ("table_optimizer", self.info["table_optimizer"], settings.table_optimizer,
+             self.info["table_optimizer"] == settings.table_optimizer),
+            ("seeds", self.info["seeds"], list(settings.seeds), set(settings.seeds) <= set(self.info["seeds"])),
+            ("features", known, list(features), sorted(known) == sorted(features)),
+        ]  # fmt: skip
+        self._refuse([f"{name} {was} -> {now}" for name, was, now, fits in differ if not fits])
+
+    def check_network(self, network: NetworkConfig) -> None:
+        """
+        Raises:
+            ArtifactError: another architecture.
+        """
+        was, now = NetworkConfig.from_json(self.info["network"]).to_json(), network.to_json()
+        self._refuse([f"{name} {was[name]} -> {now[name]}" for name in now if was[name] != now[name]])
+
+    def _refuse(self, differ: Sequence[str]) -> None:
         if differ:
             raise ArtifactError(
                 f"{self.uri} cannot go on with these settings: {'; '.join(differ)}. Set them back, or leave "

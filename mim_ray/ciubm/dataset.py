@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from mim_ray.ciubm.features import FeatureBatch, Features, table_name
 from mim_ray.ciubm.model import EmbeddedBatch
 from mim_ray.ciubm.tables import Lookup
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
+from mim_ray.data.event_log import UNKNOWN_TIME, times_us
 from mim_ray.representation_center.snapshot import Snapshot
 
-COLUMNS = ("user_id", "item_id", "behaviors")
-"""Columns of impressions that a prediction needs; training needs `label` too."""
+COLUMNS = ("user_id", "item_id", "behaviors", "timestamp", "behavior_times")
+"""Columns of impressions that a prediction reads, the last two where they are there; training needs `label` too."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class IndexedBatch:
         mm: (U, D) MM embeddings, zero without content; None for the base model.
         target: (B,) place among the U items. behaviors: (B, L) places, pads are 0. behavior_mask: (B, L).
         label: (B,) float32, None when there is none.
+        behavior_age_s: (B, L) float32 seconds from the behavior to the impression, 0 or more, pads are 0; None when
+            train has no times.
+        features: the declared ones; None when there are none.
+        query_mm: (Q, D) vectors of the batch's distinct queries; the last is zero. query: (B,) places among them. None
+            where queries are not used.
         known: (U,) bool, False for ids that are not in the catalogue; None where nobody counts them.
     """
 
@@ -44,6 +51,10 @@ class IndexedBatch:
     behaviors: Tensor
     behavior_mask: Tensor
     label: Tensor | None
+    behavior_age_s: Tensor | None = None
+    features: FeatureBatch | None = None
+    query_mm: Tensor | None = None
+    query: Tensor | None = None
     known: Tensor | None = None
 
     def __len__(self) -> int:
@@ -67,19 +78,44 @@ class Content:
 
 
 class ImpressionEncoder:
-    """Turns rows of the impressions table into an IndexedBatch. Without `content` no MM embeddings are joined."""
+    """Turns rows of the impressions table into an IndexedBatch.
 
-    def __init__(self, items: ItemIndex, users: Vocabulary, content: Content | None, max_behaviors: int) -> None:
+    Args:
+        content: None: no MM embeddings are joined. queries: vectors by query id; None: queries are not used.
+    """
+
+    def __init__(
+        self,
+        items: ItemIndex,
+        users: Vocabulary,
+        content: Content | None,
+        max_behaviors: int,
+        features: Features = Features(),  # noqa: B008  (frozen)
+        queries: Snapshot | None = None,
+    ) -> None:
         self.items, self.users, self.content, self.max_behaviors = items, users, content, max_behaviors
+        self.features, self.queries = features, queries
+
+    @property
+    def columns(self) -> list[str]:
+        """What `encode` reads of impressions, the label apart."""
+        return [*COLUMNS, *self.features.kinds, *(() if self.queries is None else ("query_id",))]
+
+    def num_table_rows(self, *, with_user: bool) -> dict[str, int]:
+        """Rows by table name, the unknown row 0 of each included."""
+        rows = {"item": self.items.num_table_rows, "category": self.items.num_category_rows}
+        if with_user:
+            rows["user"] = len(self.users) + 1
+        return rows | self.features.num_table_rows
 
     def encode(
         self, table: pa.Table, *, id_dropout: float = 0.0, generator: np.random.Generator | None = None
     ) -> IndexedBatch:
         """
         Args:
-            table: with COLUMNS, and `label` for training.
-            id_dropout: chance that a target, and likewise a user, counts as unknown, so that the unknown rows are
-                trained; category and content stay.
+            table: with COLUMNS and the declared features, the optional ones by choice, and `label` for training.
+            id_dropout: chance that a target, and likewise a user and an impression's features, count as unknown, so that
+                the unknown rows are trained; category and content stay.
         """
         size = len(table)
         targets = _array(table["item_id"]).cast(pa.large_string())
@@ -90,9 +126,10 @@ class ImpressionEncoder:
         longest = max(int(length.max(initial=0)), 1)
         mask = np.arange(longest) < length[:, None]  # (B, L)
         behaviors = np.zeros((size, longest), np.int64)
-        behaviors[mask] = place[size:][(start[:, None] + np.arange(longest))[mask]]
+        behaviors[mask] = place[size:][_places(start, length)]
         target, user = place[:size], self._users(table)
         item_row = np.append(self.items.rows(met.dictionary, position[:-1]), 0)
+        without_features = None
         if id_dropout > 0 and generator is not None:
             dropped = np.flatnonzero(generator.random(size) < id_dropout)
             position = np.concatenate([position, position[target[dropped]]])
@@ -100,6 +137,8 @@ class ImpressionEncoder:
             target = target.copy()
             target[dropped] = np.arange(len(position) - len(dropped), len(position))
             user = np.where(generator.random(size) < id_dropout, 0, user)
+            without_features = generator.random(size) < id_dropout
+        query_mm, query = self._queries(table)
         label = table["label"].to_numpy().astype(np.float32) if "label" in table.column_names else None
         return IndexedBatch(
             user=torch.from_numpy(user),
@@ -110,8 +149,37 @@ class ImpressionEncoder:
             behaviors=torch.from_numpy(behaviors),
             behavior_mask=torch.from_numpy(mask),
             label=None if label is None else torch.from_numpy(label),
+            behavior_age_s=self._ages(table, length, mask),
+            features=self.features.encode(table, without_features),
+            query_mm=query_mm,
+            query=query,
             known=torch.from_numpy(position > 0),
         )
+
+    def _ages(self, table: pa.Table, length: np.ndarray, mask: np.ndarray) -> Tensor | None:
+        """(B, L) as in IndexedBatch; `length` (B,) and `mask` (B, L) are those of the behaviors."""
+        if self.features.typical_age_s is None:
+            return None
+        at = times = np.full(int(length.sum()), UNKNOWN_TIME)  # of all behaviors, row after row
+        if {"timestamp", "behavior_times"} <= set(table.column_names):
+            at = np.repeat(times_us(table["timestamp"]), length)
+            start, num_times, values = _lists(table["behavior_times"], self.max_behaviors)
+            timed = num_times == length
+            times[np.repeat(timed, length)] = times_us(values)[_places(start[timed], length[timed])]
+        ages = np.zeros(mask.shape, np.float32)
+        ages[mask] = self.features.ages(at, times)
+        return torch.from_numpy(ages)
+
+    def _queries(self, table: pa.Table) -> tuple[Tensor | None, Tensor | None]:
+        """`query_mm` and `query` of IndexedBatch. Rows without a query, or with one that has no vector, get zeros."""
+        if self.queries is None:
+            return None, None
+        if "query_id" not in table.column_names:
+            return torch.zeros(1, self.queries.width), torch.zeros(len(table), dtype=torch.int64)
+        met = _array(table["query_id"]).dictionary_encode()
+        rows = np.append(self.queries.lookup(met.dictionary), -1)
+        place = np.asarray(met.indices.fill_null(len(rows) - 1)).astype(np.int64)
+        return torch.from_numpy(self.queries.gather(rows)), torch.from_numpy(place)
 
     def _users(self, table: pa.Table) -> np.ndarray:
         met = _array(table["user_id"]).dictionary_encode()
@@ -140,6 +208,8 @@ def gather_batch(batch: IndexedBatch, tables: Lookup, *, train: bool = False) ->
     rows = {"item": batch.item_row, "category": batch.category}
     if "user" in tables:
         rows["user"] = batch.user
+    if batch.features is not None:
+        rows |= {table_name(name): values.rows for name, values in batch.features.values.items()}
     embedded = tables.embed(rows, train=train)
     items = torch.cat([embedded["item"], embedded["category"]], dim=-1)  # (U, d)
     of_target, of_behaviors = batch.category[batch.target], batch.category[batch.behaviors]
@@ -151,6 +221,9 @@ def gather_batch(batch: IndexedBatch, tables: Lookup, *, train: bool = False) ->
         user=embedded.get("user"),
         target_mm=None if batch.mm is None else embedding(batch.target, batch.mm),
         behavior_mm=None if batch.mm is None else embedding(batch.behaviors, batch.mm),
+        behavior_age_s=batch.behavior_age_s,
+        context=None if batch.features is None else batch.features.context(embedded),
+        query_mm=None if batch.query is None or batch.query_mm is None else embedding(batch.query, batch.query_mm),
     )
 
 
@@ -164,6 +237,11 @@ def _lists(column: pa.ChunkedArray, newest: int) -> tuple[np.ndarray, np.ndarray
     kept = np.minimum(length, newest)
     first, last = int(offsets[0]), int(offsets[-1])
     return offsets[:-1] + length - kept - first, kept, lists.values.slice(first, last - first)
+
+
+def _places(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """start[i], start[i] + 1, … start[i] + length[i] - 1 of every row, one after the other."""
+    return np.arange(int(length.sum())) + np.repeat(start - (np.cumsum(length) - length), length)
 
 
 def _array(column: pa.ChunkedArray) -> pa.Array:

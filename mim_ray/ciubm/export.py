@@ -1,7 +1,7 @@
 """A trained CTR model as files, and the ranker that serving loads from them: plain PyTorch, no Ray, no encoders.
 
 ctr/<variant>/ctr.json                   variant, architecture, encoder version, metrics
-              vocabulary/                items.arrow, categories.json, users.arrow
+              vocabulary/                items.arrow, categories.json, users.arrow, features.json, feature.<name>.arrow
               seed-<s>/network.safetensors, tables.safetensors
                        optimizer.safetensors, for a training that goes on from here; serving does not read it
 """
@@ -12,27 +12,32 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from mim_ray import artifacts
 from mim_ray.ciubm.dataset import IndexedBatch, gather_batch
+from mim_ray.ciubm.features import Features
 from mim_ray.ciubm.machine_export import Machines, MachineTables, network_of
 from mim_ray.ciubm.model import CtrNetwork, NetworkConfig
 from mim_ray.ciubm.tables import IdTables, Lookup
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
+from mim_ray.data.event_log import UNKNOWN_TIME
 from mim_ray.errors import ArtifactError, VersionMismatchError
+from mim_ray.representation_center.snapshot import Snapshot
 
 MultiGet = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray, Sequence[str | None]]]
 """ids -> embeddings (n, D) float32, found (n,) bool, and the category of items that the catalogue did not have yet."""
 
 
 class Ranker:
-    """A CTR model ready to score: the networks and tables of all its seeds, vocabularies, item -> category.
+    """A CTR model ready to score: the networks and tables of all its seeds, vocabularies, item -> category, features.
 
     Attributes:
         encoder_version: of the embeddings it was trained on; None when it uses no content.
         content_width: D, None when it uses no content.
+        query_width: D of queries, None when it uses none. query_encoder_version: of the encoder of their vectors.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class Ranker:
         info: dict[str, Any],
         items: ItemIndex,
         users: Vocabulary,
+        features: Features,
         models: Sequence[tuple[CtrNetwork, Lookup]],
     ) -> None:
         self.info = info
@@ -47,11 +53,23 @@ class Ranker:
         self.encoder_version: str | None = info["encoder_version"]
         self.max_behaviors: int = info["max_behaviors"]
         self.content_width: int | None = info["network"]["content_width"]
-        self.items, self.users, self.models = items, users, list(models)
+        queries = info.get("queries")
+        self.query_width: int | None = None if queries is None else queries["width"]
+        self.query_encoder_version: str | None = None if queries is None else queries["encoder_version"]
+        self.items, self.users, self.features, self.models = items, users, features, list(models)
         self._category = {name: row for row, name in enumerate(items.categories, start=1)}
 
     def score(
-        self, user_id: str, behaviors: Sequence[str], candidates: Sequence[str], multi_get: MultiGet | None = None
+        self,
+        user_id: str,
+        behaviors: Sequence[str],
+        candidates: Sequence[str],
+        multi_get: MultiGet | None = None,
+        *,
+        behavior_times: Sequence[int] | None = None,
+        timestamp: int = UNKNOWN_TIME,
+        context: pa.Table | None = None,
+        query_mm: np.ndarray | None = None,
     ) -> np.ndarray:
         """(C,) click probability of each candidate for one user, the mean over seeds.
 
@@ -59,6 +77,10 @@ class Ranker:
             behaviors: the user's past items, oldest first; the newest `max_behaviors` are used.
             multi_get: where MM embeddings come from, and the category of items newer than this model. An item that
                 it does not find has no content; needed unless the model uses no content.
+            behavior_times: microseconds UTC, one for each behavior. timestamp: the same of the request. Without them
+                behaviors count as old as those of train typically are.
+            context: declared features, a row for each candidate. What is not there has its default.
+            query_mm: (D,) vector of the query by the encoder of `query_encoder_version`; None without a query.
         """
         behaviors = list(behaviors)[-self.max_behaviors :]
         ids = [*behaviors, *candidates]
@@ -87,8 +109,47 @@ class Ranker:
             behaviors=torch.from_numpy(places),
             behavior_mask=torch.full((num_candidates, length), num_behaviors > 0),
             label=None,
+            behavior_age_s=self._ages(behavior_times, timestamp, (num_candidates, length), num_behaviors),
+            features=self.features.encode(_nothing(num_candidates) if context is None else context),
+            query_mm=self._query(query_mm),
+            query=torch.zeros(num_candidates, dtype=torch.int64),
         )
         return self.predict(batch)
+
+    def open_queries(self) -> Snapshot | None:
+        """The vectors of the impressions' queries, of the encoder that this model was trained with; None where it uses none.
+
+        Raises:
+            VersionMismatchError: they are of another encoder version now.
+        """
+        described = self.info.get("queries")
+        if described is None:
+            return None
+        found = Snapshot.open(described["line"], verify=False)
+        if found.encoder_version != described["encoder_version"]:
+            raise VersionMismatchError(
+                f"{self.variant} was trained on queries of {described['encoder_version']}, but {described['line']} holds those "
+                f"of {found.encoder_version}. Train the CTR model on them."
+            )
+        return found
+
+    def _query(self, query_mm: np.ndarray | None) -> torch.Tensor | None:
+        if self.query_width is None:
+            return None
+        vector = np.zeros(self.query_width) if query_mm is None else query_mm
+        return torch.from_numpy(vector.astype(np.float32)).reshape(1, self.query_width)
+
+    def _ages(
+        self, times: Sequence[int] | None, timestamp: int, shape: tuple[int, int], num_behaviors: int
+    ) -> torch.Tensor | None:
+        if self.features.typical_age_s is None:
+            return None
+        known = np.full(num_behaviors, UNKNOWN_TIME)
+        if times is not None:
+            known[:] = np.asarray(times, np.int64)[len(times) - num_behaviors :]
+        ages = np.zeros(shape, np.float32)
+        ages[:, :num_behaviors] = self.features.ages(np.full(num_behaviors, timestamp), known)
+        return torch.from_numpy(ages)
 
     @torch.inference_mode()
     def predict(self, batch: IndexedBatch) -> np.ndarray:
@@ -100,7 +161,12 @@ class Ranker:
 
     def of_seed(self, index: int) -> Ranker:
         """The ranker with only the model of one seed."""
-        return Ranker(self.info, self.items, self.users, [self.models[index]])
+        return Ranker(self.info, self.items, self.users, self.features, [self.models[index]])
+
+
+def _nothing(num_rows: int) -> pa.Table:
+    """Rows without any column that is a feature."""
+    return pa.table({"": pa.nulls(num_rows)})
 
 
 def save_model(uri: str, state: Mapping[str, Tensor]) -> None:
@@ -150,7 +216,11 @@ def load_ranker(uri: str, *, encoder_version: str | None = None, machines: Machi
             "Train the CTR model on them, or serve the snapshot that it was trained on."
         )
     items, users = ItemIndex.load(f"{uri}/vocabulary"), Vocabulary.load(f"{uri}/vocabulary/users.arrow")
+    features = Features.load(f"{uri}/vocabulary")
     config = NetworkConfig.from_json(info["network"])
+    if features.context_width(info["id_dim"]) != config.context_width:
+        raise ArtifactError(f"{uri}/vocabulary/features.json does not fit ctr.json. Train it again.")
+    names = {"item", "category", *features.num_table_rows} | ({"user"} if config.user_width else set())
     models = []
     for seed in info["seeds"]:
         network = CtrNetwork(config)
@@ -161,10 +231,10 @@ def load_ranker(uri: str, *, encoder_version: str | None = None, machines: Machi
             tables = IdTables.from_state(artifacts.read_tensors(f"{folder}/tables.safetensors"))
         else:
             weights = network_of(machines, seed)
-            tables = MachineTables(machines, seed, with_users=config.user_width > 0)
+            tables = MachineTables(machines, seed, names)
         try:
             network.load_state_dict(weights)
         except RuntimeError as error:
             raise ArtifactError(f"{folder} does not fit ctr.json ({error}). Train it again.") from None
         models.append((network.eval(), tables))
-    return Ranker(info, items, users, models)
+    return Ranker(info, items, users, features, models)

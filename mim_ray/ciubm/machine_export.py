@@ -11,7 +11,7 @@ is called network-SEED.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -54,9 +54,8 @@ def write_for_machines(ctr: str, output: str) -> tuple[dict[str, str], dict[str,
 class MachineTables:
     """The ID tables of one seed where the machines hold them: reads only."""
 
-    def __init__(self, machines: Machines, seed: int, *, with_users: bool) -> None:
-        self._machines, self._seed = machines, seed
-        self._names = ("item", "category", "user") if with_users else ("item", "category")
+    def __init__(self, machines: Machines, seed: int, names: Collection[str]) -> None:
+        self._machines, self._seed, self._names = machines, seed, frozenset(names)
 
     def __contains__(self, name: str) -> bool:
         return name in self._names

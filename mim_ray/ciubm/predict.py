@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mim_ray import artifacts
-from mim_ray.ciubm.dataset import COLUMNS, Content, ImpressionEncoder
+from mim_ray.ciubm.dataset import Content, ImpressionEncoder
 from mim_ray.ciubm.export import Ranker
 from mim_ray.data.batches import num_rows, ordered_batches
 from mim_ray.data.schema import PREDICTIONS
@@ -31,9 +31,11 @@ def predict(
     """Impression ids (B,) and probabilities (seeds, B) of every batch of the impressions below the URI `rows`, in file order."""
     by_seed = [ranker.of_seed(index) for index in range(len(ranker.models))]
     content = None if snapshot is None else Content(snapshot, ranker.items)
-    encoder = ImpressionEncoder(ranker.items, ranker.users, content, ranker.max_behaviors)
+    encoder = ImpressionEncoder(
+        ranker.items, ranker.users, content, ranker.max_behaviors, ranker.features, ranker.open_queries()
+    )
     with Progress(f"predict {label}", num_rows(rows), "rows", every_s=5.0) as progress:
-        for table in ordered_batches(rows, ["impression_id", *COLUMNS], _BATCH_ROWS):
+        for table in ordered_batches(rows, ["impression_id", *encoder.columns], _BATCH_ROWS):
             batch = encoder.encode(table)
             prob = np.stack([one.predict(batch) for one in by_seed])
             yield table["impression_id"].combine_chunks().cast(pa.string()), prob

@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from mim_ray import artifacts
 from mim_ray.ciubm.continuing import Earlier, copy_later_rows, times_of
 from mim_ray.ciubm.dataset import Content, ImpressionEncoder
 from mim_ray.ciubm.export import load_state, save_model
+from mim_ray.ciubm.features import Features
 from mim_ray.ciubm.model import NetworkConfig
 from mim_ray.ciubm.trainer import Trainer
 from mim_ray.ciubm.vocabulary_build import Vocabularies, build_vocabularies
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import Ciubm
-from mim_ray.errors import ArtifactError
+from mim_ray.data.features import check_features
+from mim_ray.errors import ArtifactError, DataError
+from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.snapshot_line import keep_snapshot, kept_snapshots
 from mim_ray.runtime.summary import StageResult
 from mim_ray.training.run import rank, report, run_workers
 
 
-def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None, output: str) -> StageResult:
+def run(
+    scenario: Scenario, *, variant: str, samples: str, snapshot: str | None, output: str, queries: str | None = None
+) -> StageResult:
     """Train `variant` (BACKBONE-base, -mim or -style) and leave it at `output`, as ciubm/export.py describes.
 
     An interrupted run goes on from what it left in `output` when it is called again. With ciubm.continue_from it begins
@@ -35,12 +41,15 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
 
     Args:
         samples: URI of the samples. snapshot: URI of the embeddings behind Eqs. 7-9, None for base.
+        queries: URI of the vectors by query id, of the same encoder; None where there are none.
 
     Raises:
         ArtifactError: content is asked for and there is no snapshot; or the earlier model does not fit.
         VersionMismatchError: the earlier model is of another encoder version.
         NonFiniteLossError: training diverged.
-        DataError: there are no training rows, or they have labels other than 0 and 1.
+        ConfigError: declared features that cannot be meant.
+        DataError: there are no training rows, they have labels other than 0 and 1, or they lack the times or queries that
+            the settings ask for.
     """
     backbone, _, content = variant.partition("-")
     settings = scenario.ciubm
@@ -55,25 +64,38 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
         if settings.continue_from is None
         else Earlier.open(artifacts.absolute_uri(settings.continue_from), variant)
     )
-    network = network_config(settings, backbone, None if opened is None else opened.width)
     times = times_of(samples)
     rows = f"{samples}/impressions/train"
     if earlier is not None:
-        earlier.check(settings, network, None if opened is None else opened.encoder_version)
+        names = [feature.name for feature in scenario.data.features]
+        earlier.check(settings, names, None if opened is None else opened.encoder_version)
         rows = _later_rows(rows, earlier.check_times(times, samples), f"{output}/train/rows")
     if vocabularies is None:
+        check_features(scenario)
         vocabularies = build_vocabularies(
             samples,
             min_item_count=settings.min_item_count,
             hash_rows=settings.num_hash_rows,
+            declared=scenario.data.features,
+            transforms=settings.features,
             earlier=None if earlier is None else earlier.vocabularies,
         )
         vocabularies.save(f"{output}/vocabulary")
-    items, users = vocabularies.items, vocabularies.users
+    items, users, features = vocabularies.items, vocabularies.users, vocabularies.features
     if opened is not None and not (Content(opened, items).rows >= 0).any():
         raise ArtifactError(
             f"{snapshot} holds no embedding of any item of the catalogue. Run jobs/extract.py again on these samples."
         )
+    asked = _queries(settings, content, opened, queries, samples)
+    network = replace(
+        network_config(settings, backbone, None if opened is None else opened.width),
+        time_gaps=_time_gaps(settings, features, samples),
+        context_width=features.context_width(settings.id_dim),
+        query_interest=settings.query_interest and content == "mim",
+        query_width=asked.width if asked is not None and settings.query_vector else 0,
+    )
+    if earlier is not None:
+        earlier.check_network(network)
     config = {
         "settings": settings.model_dump(mode="json"),
         "network": network.to_json(),
@@ -81,6 +103,7 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
         "rows": rows,
         "earlier": None if earlier is None else earlier.uri,
         "snapshot": None if opened is None else opened.uri,
+        "queries": None if asked is None else asked.line,
         "output": output,
         "label": variant,
         "positive_ratio": vocabularies.positive_ratio,
@@ -102,6 +125,9 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
         "content": content,
         "encoder_version": None if opened is None else opened.encoder_version,
         "snapshot": config["snapshot"],
+        "queries": None
+        if asked is None
+        else {"line": asked.line, "width": asked.width, "encoder_version": asked.encoder_version},
         "network": config["network"],
         "max_behaviors": settings.max_behaviors,
         "id_dim": settings.id_dim,
@@ -117,6 +143,7 @@ def run(scenario: Scenario, *, variant: str, samples: str, snapshot: str | None,
     lines = [
         ("train", f"{metrics['num_train_rows']:,} rows, {metrics['rows_per_s']:,.0f} rows/s"),
         ("tables", f"{items.num_table_rows:,} items, {items.num_category_rows:,} categories, {len(users) + 1:,} users"),
+        *([("features", features.describe())] if features.kinds else []),
         *_input(results[0]["input"], with_content=opened is not None),
         ("content", "none" if opened is None else f"{opened.encoder_version}, width {opened.width}"),
         ("validation AUC", "no rows of both labels" if validation is None else f"{validation:.4f} (mean over seeds)"),
@@ -153,7 +180,11 @@ def make_encoder(config: dict[str, Any]) -> ImpressionEncoder:
     assert vocabularies is not None, config["output"]
     items = vocabularies.items
     content = None if config["snapshot"] is None else Content(Snapshot.open(config["snapshot"], verify=False), items)
-    return ImpressionEncoder(items, vocabularies.users, content, config["settings"]["max_behaviors"])
+    queries = None if config["queries"] is None else Snapshot.open(config["queries"], verify=False)
+    settings = config["settings"]
+    return ImpressionEncoder(
+        items, vocabularies.users, content, settings["max_behaviors"], vocabularies.features, queries
+    )
 
 
 def network_config(settings: Ciubm, backbone: str, content_width: int | None) -> NetworkConfig:
@@ -181,6 +212,32 @@ def network_config(settings: Ciubm, backbone: str, content_width: int | None) ->
         sim_short=settings.sim_short,
         auxiliary_weight=settings.auxiliary_weight,
     )
+
+
+def _time_gaps(settings: Ciubm, features: Features, samples: str) -> bool:
+    if settings.time_gaps and features.typical_age_s is None:
+        raise DataError(
+            f"ciubm.time_gaps is true, but no impression of {samples}/impressions/train has behavior_times. Add that column "
+            "to your impressions table, or set ciubm.time_gaps=false."
+        )
+    return settings.time_gaps
+
+
+def _queries(
+    settings: Ciubm, content: str, snapshot: Snapshot | None, queries: str | None, samples: str
+) -> Snapshot | None:
+    """The queries' vectors, None where the model uses none."""
+    if not settings.query_vector and not (settings.query_interest and content == "mim"):
+        return None
+    if queries is None:
+        raise DataError(
+            f"ciubm.query_interest or ciubm.query_vector is true, but no impression of {samples} has a query that was "
+            "encoded. Add query_text or query_image to the impressions, or set both to false."
+        )
+    opened = Snapshot.open(queries)
+    if content == "mim" and snapshot is not None:
+        check_versions(snapshot.encoder_version, opened.encoder_version, expected_by=snapshot.uri, found_in=opened.uri)
+    return opened
 
 
 def _opened(snapshot: str, owner: str | None) -> Snapshot:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mim_ray import artifacts
-from mim_ray.ciubm.dataset import COLUMNS, ImpressionEncoder, IndexedBatch, count_input, gather_batch
+from mim_ray.ciubm.dataset import ImpressionEncoder, IndexedBatch, count_input, gather_batch
 from mim_ray.ciubm.model import CtrNetwork, NetworkConfig
 from mim_ray.ciubm.tables import create_tables
 from mim_ray.config.scenario import Ciubm
@@ -69,7 +69,7 @@ class Trainer:
         self.validation = f"{config['samples']}/impressions/validation"
         self.batches = RowBatches(
             config["rows"],
-            [*COLUMNS, "label"],
+            [*encoder.columns, "label"],
             settings.batch_size,
             self.seed,
             rank(),
@@ -79,11 +79,8 @@ class Trainer:
         torch.manual_seed(self.seed)
         self.network = CtrNetwork(NetworkConfig.from_json(config["network"]))
         self.network.start_at(config["positive_ratio"])
-        num_rows = {"item": encoder.items.num_table_rows, "category": encoder.items.num_category_rows}
-        if settings.use_user_id:
-            num_rows["user"] = len(encoder.users) + 1
-        self.num_rows = num_rows
-        self.tables = create_tables(settings, num_rows, self.seed)
+        self.num_rows = encoder.num_table_rows(with_user=settings.use_user_id)
+        self.tables = create_tables(settings, self.num_rows, self.seed)
         groups = parameter_groups(self.network, settings.learning_rate, settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups)
         self.course = Course(steps_per_epoch=self.batches.steps_per_epoch)
@@ -262,7 +259,7 @@ class Trainer:
         if not artifacts.list_files(self.validation, ".parquet"):
             return
         mine, place = None, 0
-        for number, table in enumerate(ordered_batches(self.validation, [*COLUMNS, "label"], 4_096)):
+        for number, table in enumerate(ordered_batches(self.validation, [*self.encoder.columns, "label"], 4_096)):
             place = number % world_size()
             if place == 0:
                 mine = table.slice(0, 0)

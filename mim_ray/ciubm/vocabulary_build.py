@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mim_ray import artifacts
+from mim_ray.ciubm.feature_learning import learn_features
+from mim_ray.ciubm.features import Features
 from mim_ray.ciubm.vocabulary import HashedVocabulary, ItemIndex, Vocabulary
+from mim_ray.config.scenario import Feature, FeatureTransform
 from mim_ray.data.batches import ordered_batches
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.errors import DataError
@@ -23,26 +27,20 @@ _SUMMARY = "train.json"
 class Vocabularies:
     """
     Attributes:
+        features: the declared ones, and the behaviors' ages.
         positive_ratio: share of train's rows with label 1.
     """
 
     items: ItemIndex
     users: Vocabulary
+    features: Features
     positive_ratio: float
 
-    @property
-    def num_rows(self) -> dict[str, int]:
-        """Of each table, the unknown row included."""
-        return {
-            "item": self.items.num_table_rows,
-            "category": self.items.num_category_rows,
-            "user": len(self.users) + 1,
-        }
-
     def save(self, uri: str) -> None:
-        """Write items.arrow, categories.json, users.arrow and, last, train.json below `uri`."""
+        """Write items.arrow, categories.json, users.arrow, what Features.save does and, last, train.json below `uri`."""
         self.items.save(uri)
         self.users.save(f"{uri}/users.arrow")
+        self.features.save(uri)
         artifacts.write_json(f"{uri}/{_SUMMARY}", {"positive_ratio": self.positive_ratio})
 
     @classmethod
@@ -55,18 +53,27 @@ class Vocabularies:
         if not artifacts.exists(f"{uri}/{_SUMMARY}"):
             return None
         summary = artifacts.read_json(f"{uri}/{_SUMMARY}")
-        return cls(ItemIndex.load(uri), Vocabulary.load(f"{uri}/users.arrow"), summary["positive_ratio"])
+        users, features = Vocabulary.load(f"{uri}/users.arrow"), Features.load(uri)
+        return cls(ItemIndex.load(uri), users, features, summary["positive_ratio"])
 
 
 def build_vocabularies(
-    samples: str, *, min_item_count: int, hash_rows: int | None = None, earlier: Vocabularies | None = None
+    samples: str,
+    *,
+    min_item_count: int,
+    hash_rows: int | None = None,
+    declared: Sequence[Feature] = (),
+    transforms: Mapping[str, FeatureTransform] | None = None,
+    earlier: Vocabularies | None = None,
 ) -> Vocabularies:
-    """Items of the catalogue and users of train.
+    """Items of the catalogue, users of train, and the features.
 
     Args:
         min_item_count: how often an item must be a target in train to get a row of its own.
         hash_rows: rows that all ids share, of items and of users; None: explicit vocabularies.
-        earlier: whose items, users and categories keep their rows; it says whether vocabularies are hashed.
+        earlier: whose items, users and categories keep their rows, and whose features stay as they are; it says whether
+            vocabularies are hashed.
+        declared, transforms: the features, and the settings of those of them that differ from the defaults.
 
     Raises:
         DataError: train has labels other than 0 and 1.
@@ -89,10 +96,12 @@ def build_vocabularies(
     distinct = pa.chunked_array(met_users or [pa.array([], pa.string())]).unique().drop_null()
     distinct = distinct.take(pc.sort_indices(distinct))
     found = (catalogue.ids, codes, names, counts[:-1], min_item_count)
+    ratio = labels.positive_ratio()
     if earlier is not None:
-        return Vocabularies(earlier.items.grow(*found), earlier.users.grow(distinct), labels.positive_ratio())
+        return Vocabularies(earlier.items.grow(*found), earlier.users.grow(distinct), earlier.features, ratio)
     users = Vocabulary(distinct) if hash_rows is None else HashedVocabulary(hash_rows)
-    return Vocabularies(ItemIndex.build(*found, hash_rows=hash_rows), users, labels.positive_ratio())
+    features = learn_features(labels.source, declared, transforms or {})
+    return Vocabularies(ItemIndex.build(*found, hash_rows=hash_rows), users, features, ratio)
 
 
 class _Labels:

@@ -69,6 +69,28 @@ class Run(Section):
     """Shared memory of the embedded Ray, in MiB."""
 
 
+class Feature(Section):
+    """A column that the CTR models are told beside ids and content."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+    """Of the column, and of the key in a ranking request's context."""
+    kind: Literal["categorical", "dense", "multi"]
+    """A string, a number, or a list of strings."""
+
+
+class FeatureTransform(Section):
+    """How one declared feature becomes numbers; what is learnt is learnt on train rows only."""
+
+    min_count: Positive = 1
+    """categorical, multi: a value met in fewer train rows counts as unknown."""
+    num_buckets: Positive | None = None
+    """categorical, multi: no vocabulary, values share so many embeddings by their hash. For unbounded sets of values."""
+    max_values: Positive = 20
+    """multi: only the first so many values of a row are looked at."""
+    normalise: Literal["standard", "quantile"] = "standard"
+    """dense: (x - mean) / standard deviation within +-10, or the place among train's quantiles, from -1 to 1, for long tails."""
+
+
 class Data(Section):
     """The user's own tables."""
 
@@ -84,6 +106,9 @@ class Data(Section):
     """An image with more pixels than this is rejected before decoding."""
     max_title_chars: Positive = 2_000
     """A longer title is cut."""
+    features: tuple[Feature, ...] = ()
+    """Columns that the CTR models are told beside ids and content, as {name, kind}: of the impressions table, else of the
+    log's events that become samples (docs/features.md)."""
 
 
 class Synthetic(Section):
@@ -400,6 +425,8 @@ class Ciubm(Workers):
     """Tell items without content from unlike ones: content_norm counts the others only, and two inputs say what is missing."""
     query_interest: bool = False
     """Search: Eq. 7 with the query in the target's place, and the query's cosines. Needs samples with queries."""
+    query_vector: bool = False
+    """Search: feed the query's own vector, to base and +MIM alike. Needs samples with queries."""
     id_dim: Positive = 16
     """Width of each ID embedding."""
     hidden: tuple[Positive, ...] = (128, 64)
@@ -417,6 +444,10 @@ class Ciubm(Workers):
     """SIM: model of the short-term part (paper: DIEN)."""
     auxiliary_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """DIEN and SIM's soft search: weight of their own loss (papers: 1)."""
+    features: dict[str, FeatureTransform] = {}
+    """Settings of the declared features by name, where they differ: min_count, num_buckets, max_values, normalise."""
+    time_gaps: bool = False
+    """BST, SIM and TWIN are told how long ago each behavior was. Needs impressions with behavior_times."""
     use_user_id: bool = True
     """An embedding per known user."""
     vocabulary: Literal["explicit", "hashed"] = "explicit"

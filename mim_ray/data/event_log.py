@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mim_ray.config.scenario import Samples
+from mim_ray.data.features import features_in
 from mim_ray.data.ids import IdIndex, hash_ids
 from mim_ray.data.rejects import reject_rows
 from mim_ray.data.schema import TIME
@@ -72,9 +73,10 @@ def clean_shard(
     """Check the events of one shard.
 
     Returns:
-        the usable rows (EVENTS), (time, item) of the positives in the order of time, and ShardStats.
+        the usable rows (EVENTS and declared features), (time, item) of the positives in the order of time, and ShardStats.
     """
-    columns = [*EVENT_COLUMNS, "impression_id", "query_text", "query_image", "revenue"]
+    features = features_in(shard.table.schema, "interactions")
+    columns = [*EVENT_COLUMNS, "impression_id", "query_text", "query_image", "revenue", *(f.name for f in features)]
     rows = shard.read(columns)
     checked = check_events(rows, shard, items, settings)
     keep, kind = checked.keep, checked.kind
@@ -96,8 +98,9 @@ def clean_shard(
             kept["query_text"],
             images,
             kept["revenue"],
+            *(kept[f.name] for f in features),
         ],
-        schema=EVENTS,
+        schema=pa.schema([*EVENTS, *features]),
     )
     positive = np.flatnonzero(kind & POSITIVE)
     in_time = positive[np.argsort(times[positive], kind="stable")]

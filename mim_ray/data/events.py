@@ -2,6 +2,7 @@
 
     catalogue/           the cleaned items (catalogue.py)
     impressions/{train,validation,test}/    in the order of time inside each file
+    queries/             each distinct query of the impressions once (queries.py), where there are any
     interest_pairs/      only from before the validation start
     behaviors/           each user's newest behaviors, for serving
     first_positive.parquet   item_id, first_positive_at, num_train_positives (of train impressions)
@@ -30,11 +31,13 @@ from mim_ray import artifacts
 from mim_ray.config import Scenario
 from mim_ray.data.catalogue import write_index
 from mim_ray.data.event_log import STAGE, UNKNOWN_TIME, Items, ShardStats, clean_shard
+from mim_ray.data.features import check_features, feature_fields
 from mim_ray.data.ids import IdIndex
 from mim_ray.data.image_files import ImageFiles, images_root
 from mim_ray.data.items import choose_items, write_items_part
 from mim_ray.data.own_tables import OwnSplit, newest_of_users, own_split, write_own_impressions
 from mim_ray.data.pairs import write_own_pairs, write_search_pairs
+from mim_ray.data.queries import drop_repeated
 from mim_ray.data.rejects import reject_rows, write_rejects
 from mim_ray.data.schema import INTEREST_PAIRS, SPLITS, TIME
 from mim_ray.data.sources import Shard, find_table, require_table, shards
@@ -47,6 +50,14 @@ from mim_ray.runtime.summary import StageResult
 
 _PART_EVENTS = 500_000  # of a part of the users, on average
 _MAX_SAMPLED_TIMES = 5_000_000  # beyond that, split times come from an even sample
+_TOLD = (
+    "queries",
+    "negatives not found",
+    "events below samples.min_rating",
+    "test rows without label",
+    "future behaviors dropped",
+    "impressions with unsorted behaviors",
+)  # counts that the summary shows where there are any
 
 
 def run(scenario: Scenario, *, data_root: str, output: str, rejects: str) -> StageResult:
@@ -86,6 +97,8 @@ class _Build:
     counts: Counter[str] = field(default_factory=Counter)
 
     def run(self) -> StageResult:
+        check_features(self.scenario)
+        self.features = feature_fields(self.scenario.data.features)
         own_impressions = find_table(self.data_root, "impressions")
         own_pairs = find_table(self.data_root, "interest_pairs")
         item_shards = shards(require_table(self.data_root, "items"), "items", 4_096)
@@ -98,7 +111,7 @@ class _Build:
 
         impressions, pairs = "own", "own"
         if own_impressions is not None:
-            own_shards = shards(own_impressions, "impressions", 50_000)
+            own_shards = shards(own_impressions, "impressions", 50_000, features=self.features)
             decided = own_split(own_shards, self.scenario.samples)
             split = decided.by_time
             if decided.not_by_time:
@@ -131,7 +144,8 @@ class _Build:
     def _read_log(self, required: bool) -> _Log | None:
         if not required and find_table(self.data_root, "interactions") is None:
             return None
-        parts = shards(require_table(self.data_root, "interactions"), "interactions")
+        features = self.features if required else ()  # else they come from the user's own impressions
+        parts = shards(require_table(self.data_root, "interactions"), "interactions", features=features)
         num_rows = sum(shard.num_rows for shard in parts)
         num_parts = max(4, -(-num_rows // _PART_EVENTS))
         stride = max(1, num_rows // _MAX_SAMPLED_TIMES)
@@ -246,6 +260,7 @@ class _Build:
             self.counts.update(json.loads(row["counts"]))
             self.rejects.append(reject_rows(STAGE, "interactions", json.loads(row["rejects"])))
         rejected = self.rejects_written()
+        self.counts["queries"] = drop_repeated(self.output)
         first = _merge(rows, ("train_items", "train_first", "train_positives"))
         first = first.group_by("item").aggregate([("a", "min"), ("b", "sum")]).sort_by("item")
         table = pa.table(
@@ -315,9 +330,10 @@ def _summary(counts: Counter[str], metrics: dict[str, Any]) -> list[tuple[str, s
     if new["num_rows"]:
         text = f"{new['num_rows']:,} rows, {new['positive_ratio']:.1%} positive"
         rows.append(("test rows of unseen items (S1)", text))
-    for name in ("negatives not found", "events below samples.min_rating", "test rows without label"):
+    for name in _TOLD:
         if counts[name]:
             rows.append((name, f"{counts[name]:,}"))
+    rows += [(name, f"{count:,}") for name, count in counts.items() if name.startswith("impressions without ")]
     rows += [("note", name) for name in counts if name.startswith("train rows are later")]
     if not counts["interest pairs"]:
         rows.append(("note", "without interest pairs C-SFT cannot train; see samples.pair_events"))

@@ -18,11 +18,13 @@ from mim_ray.data.event_log import (
     is_in,
     times_us,
 )
+from mim_ray.data.features import num_missing
+from mim_ray.data.own_behaviors import past_behaviors
 from mim_ray.data.rejects import reject_rows
-from mim_ray.data.schema import IMPRESSIONS, SPLITS
+from mim_ray.data.schema import SPLITS
 from mim_ray.data.sources import Shard
 from mim_ray.data.splits import Split, split_by_time
-from mim_ray.data.user_parts import Tallies, write_impressions
+from mim_ray.data.user_parts import BEHAVIORS, Tallies, write_impressions
 from mim_ray.errors import DataError
 
 
@@ -108,20 +110,22 @@ def write_own_impressions(
         "impressions",
         [(str(row + shard.first_row), str(reasons[row]), f"row of {shard.source}") for row in bad.tolist()],
     )
-    behaviors = _newest(rows["behaviors"], settings.max_behaviors)
-    columns = {name: rows[name] for name in IMPRESSIONS.schema.names}
+    behaviors, counts = past_behaviors(rows["behaviors"], rows["behavior_times"], times, settings)
+    columns = {name: rows[name] for name in rows.column_names}
     columns |= {
         "user_id": pc.fill_null(rows["user_id"], ""),
         "label": pc.if_else(pa.array(bad_label), pa.scalar(None, pa.int8()), rows["label"]),
-        "behaviors": behaviors,
+        **behaviors,
         "split": names,
         "drawn": pc.fill_null(rows["drawn"], False),
     }
-    kept = complete(columns, rows.num_rows, IMPRESSIONS.schema).filter(pa.array(reasons == ""))
+    kept = complete(columns, rows.num_rows, shard.table.schema).filter(pa.array(reasons == ""))
     tallies = Tallies()
     write_impressions(kept, output, number, tallies)
-    counts = {"test rows without label": int((bad_label & test & (reasons == "")).sum())}
-    return tallies.result(counts, []), newest_of_users(kept.select(["user_id", "timestamp", "behaviors"])), rejects
+    counts["test rows without label"] = int((bad_label & test & (reasons == "")).sum())
+    counts |= num_missing(kept)
+    newest = newest_of_users(kept.select(["timestamp", *BEHAVIORS.names]))
+    return tallies.result(counts, []), newest, rejects
 
 
 def newest_of_users(rows: pa.Table) -> pa.Table:
@@ -134,15 +138,3 @@ def newest_of_users(rows: pa.Table) -> pa.Table:
 
 def _bad(times: np.ndarray) -> np.ndarray:
     return np.any([mask for _, mask in bad_times(times)], axis=0)
-
-
-def _newest(lists: pa.ChunkedArray, length: int) -> pa.Array:
-    """Each list's last `length` values; a null list is an empty one."""
-    array = lists.combine_chunks()
-    sizes = np.asarray(pc.fill_null(pc.list_value_length(array), 0)).astype(np.int64)
-    ends = np.cumsum(sizes)
-    kept = np.minimum(sizes, length)
-    offsets = np.concatenate([[0], np.cumsum(kept)])
-    places = np.arange(offsets[-1]) - np.repeat(offsets[:-1], kept) + np.repeat(ends - kept, kept)
-    values = array.flatten().take(pa.array(places))
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)

@@ -72,8 +72,10 @@ IMPRESSIONS = _table(
     ("item_id", pa.string()),
     ("label", pa.int8()),
     ("behaviors", pa.list_(pa.string())),  # oldest first, strictly before the impression
+    ("behavior_times?", pa.list_(TIME)),  # beside behaviors, of the same length
     ("query_text?", pa.string()),
     ("query_image?", pa.binary()),
+    ("query_id?", pa.string()),  # made by the samples stage, which keeps the picture once in samples/queries
     ("revenue?", pa.float64()),
     ("split?", pa.string()),
     ("drawn?", pa.bool_()),  # a negative that was drawn, not logged

@@ -8,7 +8,7 @@ or binaries. What cannot be used as a whole is a DataError that names the file, 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import deltalake
@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mim_ray import artifacts
+from mim_ray.data.features import with_features
 from mim_ray.data.schema import TABLES, TIME, TableSchema
 from mim_ray.errors import DataError
 from mim_ray.object_store import delta_options, storage_error
@@ -160,13 +161,23 @@ def open_dataset(uri: str, name: str) -> ds.Dataset:
     return dataset
 
 
-def shards(uri: str, name: str, rows: int = 100_000, max_bytes: int = 256 * 2**20) -> list[Shard]:
+def shards(
+    uri: str, name: str, rows: int = 100_000, max_bytes: int = 256 * 2**20, features: Sequence[pa.Field] = ()
+) -> list[Shard]:
     """The table in fixed slices of whole row groups, about `rows` rows and at most about `max_bytes` decoded bytes each.
+
+    Args:
+        features: more columns that the table must have.
 
     Raises:
         DataError: as open_dataset.
     """
-    return list(iter_shards(uri, name, rows, max_bytes))
+    found = list(iter_shards(uri, name, rows, max_bytes))
+    if not features:
+        return found
+    table = with_features(TABLES[name], features)
+    validate_schema(found[0].schema, table, uri)
+    return [replace(shard, table=table) for shard in found]
 
 
 def iter_shards(uri: str, name: str, rows: int = 100_000, max_bytes: int = 256 * 2**20) -> Iterator[Shard]:
@@ -277,6 +288,8 @@ def _cast(rows: pa.Table, names: list[str], table: TableSchema, source: str) -> 
             if pa.types.is_timestamp(wanted) and column.type != wanted:
                 column = column.cast(pa.timestamp("us", getattr(column.type, "tz", None)), safe=False)
                 column = column.cast(TIME) if column.type.tz else pc.assume_timezone(column, "UTC")
+            elif pa.types.is_list(wanted) and pa.types.is_timestamp(wanted.value_type) and column.type != wanted:
+                column = _time_lists(column)
             elif pa.types.is_integer(wanted) and not pa.types.is_integer(column.type):
                 column = column.cast(wanted, safe=False) if pa.types.is_boolean(column.type) else _whole(column, wanted)
             columns.append(column.cast(wanted))
@@ -286,6 +299,14 @@ def _cast(rows: pa.Table, names: list[str], table: TableSchema, source: str) -> 
                 "Correct them and write the file again."
             ) from None
     return pa.table(columns, schema=pa.schema([table.schema.field(name) for name in names]))
+
+
+def _time_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Lists of times in any unit, dates too, as lists of TIME; times without zone are UTC, as in plain columns."""
+    if pa.types.is_null(column.type):
+        return column
+    zone = getattr(column.type.value_type, "tz", None)
+    return column.cast(pa.list_(pa.timestamp("us", zone)), safe=False)
 
 
 def _whole(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:

@@ -15,10 +15,13 @@ import pyarrow.parquet as pq
 
 from mim_ray import artifacts
 from mim_ray.config.scenario import Samples
-from mim_ray.data.event_log import DAY_US, PAIR, POSITIVE, SHOWN, complete
+from mim_ray.data.event_log import DAY_US, EVENTS, PAIR, POSITIVE, SHOWN, complete
+from mim_ray.data.features import num_missing
+from mim_ray.data.queries import with_query_ids, write_queries
 from mim_ray.data.schema import IMPRESSIONS, INTEREST_PAIRS, SPLITS, TIME
 from mim_ray.data.splits import Split
 from mim_ray.data.user_samples import (
+    History,
     Pool,
     UserEvents,
     behaviors_before,
@@ -32,7 +35,9 @@ from mim_ray.data.user_samples import (
 )
 
 IMPRESSION_GROUP, PAIR_GROUP = 2_048, 512  # rows: the units that training shuffles
-BEHAVIORS = pa.schema([("user_id", pa.string()), ("behaviors", pa.list_(pa.string()))])
+BEHAVIORS = pa.schema(
+    [("user_id", pa.string()), ("behaviors", pa.list_(pa.string())), ("behavior_times", pa.list_(TIME))]
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def write_part_of_users(events: pa.Table, job: PartJob) -> pa.Table:
     """Write the samples of the users of one part.
 
     Args:
-        events: rows of EVENTS, all with the same `part`, with all events of their users.
+        events: rows of EVENTS and declared features, all with the same `part`, with all events of their users.
 
     Returns:
         one row of PART_RESULT.
@@ -77,18 +82,21 @@ def write_part_of_users(events: pa.Table, job: PartJob) -> pa.Table:
         samples, twice = _logged(table, log, positives, users, job)
         rejects = [(str(seq), "impression logged twice", "the first one is used") for seq in log.seq[twice].tolist()]
         write_impressions(samples, job.output, part, tallies)
+        counts |= num_missing(samples)
     elif job.impressions == "drawn":
-        samples = _drawn(log, positives, users, job)
+        samples = _drawn(table, log, positives, users, job)
         counts["negatives not found"] = settings.num_drawn_negatives * int(pc.sum(samples["label"]).as_py() or 0) - int(
             pc.sum(samples["drawn"]).as_py() or 0
         )
         write_impressions(samples, job.output, part, tallies)
+        counts |= num_missing(samples)
     if job.build_pairs:
         pairs = _pairs(positives_of(log, PAIR), users, job)
         counts["interest pairs"] = pairs.num_rows
         write_parquet(f"{job.output}/interest_pairs/part-{part:05d}.parquet", pairs, PAIR_GROUP)
     known, newest = newest_behaviors(positives, settings.max_behaviors)
-    behaviors = pa.table([users.take(pa.array(known)), _id_lists(job.ids, *newest.lists())], schema=BEHAVIORS)
+    columns = {"user_id": users.take(pa.array(known)), **_behavior_columns(newest, job.ids)}
+    behaviors = complete(columns, len(known), BEHAVIORS)
     write_parquet(f"{job.output}/behaviors/part-{part:05d}.parquet", behaviors, IMPRESSION_GROUP)
     counts["users with behaviors"] = len(known)
     return tallies.result(counts, rejects)
@@ -146,7 +154,9 @@ class Tallies:
 
 
 def write_impressions(samples: pa.Table, output: str, part: int, tallies: Tallies) -> None:
-    """One file per split, in the order of time; `samples` has the column split."""
+    """One file per split, in the order of time, and the queries; `samples` has the column split."""
+    samples, queries = with_query_ids(samples)
+    write_queries(queries, output, f"{part:05d}")
     for split in SPLITS:
         rows = samples.filter(pc.equal(samples["split"], split)).sort_by("timestamp")
         if rows.num_rows:
@@ -209,14 +219,15 @@ def _logged(
         "query_image": table["query_image"].take(pa.array(rows)),
         "revenue": pa.array(revenue, mask=revenue == 0),
         "drawn": pa.array(np.zeros(len(rows), bool)),
+        **_features(table, rows),
         **_shared_columns(impressions.user, impressions.time, impressions.item, users, job),
-        "behaviors": _id_lists(job.ids, *history.lists()),
+        **_behavior_columns(history, job.ids),
     }
-    return complete(columns, len(rows), IMPRESSIONS.schema), shown[~first]
+    return complete(columns, len(rows), _schema(table)), shown[~first]
 
 
-def _drawn(log: UserEvents, positives: UserEvents, users: pa.Array, job: PartJob) -> pa.Table:
-    """Every positive with its drawn negatives after it."""
+def _drawn(table: pa.Table, log: UserEvents, positives: UserEvents, users: pa.Array, job: PartJob) -> pa.Table:
+    """Every positive with its drawn negatives after it; these have the features of the positive's event."""
     settings, num = job.settings, job.settings.num_drawn_negatives
     assert job.pool is not None
     negatives = draw_negatives(
@@ -240,10 +251,11 @@ def _drawn(log: UserEvents, positives: UserEvents, users: pa.Array, job: PartJob
         "request_id": request,
         "label": pa.array((slot == 0).astype(np.int8)),
         "drawn": pa.array(slot > 0),
+        **_features(table, _rows_of(log, positives)[sample]),
         **_shared_columns(positives.user[sample], positives.time[sample], items[sample, slot], users, job),
-        "behaviors": _id_lists(job.ids, *history.lists()),
+        **_behavior_columns(history, job.ids),
     }
-    return complete(columns, len(sample), IMPRESSIONS.schema)
+    return complete(columns, len(sample), _schema(table))
 
 
 def _pairs(positives: UserEvents, users: pa.Array, job: PartJob) -> pa.Table:
@@ -274,6 +286,21 @@ def _shared_columns(
     }
 
 
+def _schema(events: pa.Table) -> pa.Schema:
+    """Of impressions made from these events."""
+    return pa.schema([*IMPRESSIONS.schema, *(field for field in events.schema if field.name not in EVENTS.names)])
+
+
+def _features(events: pa.Table, rows: np.ndarray) -> dict[str, pa.ChunkedArray]:
+    return {name: events[name].take(pa.array(rows)) for name in events.column_names if name not in EVENTS.names}
+
+
+def _rows_of(log: UserEvents, some: UserEvents) -> np.ndarray:
+    """The row in `log` of each of some of its events."""
+    order = np.argsort(log.seq)
+    return order[np.searchsorted(log.seq[order], some.seq)]
+
+
 def _impression_names(given: pa.ChunkedArray, impressions: UserEvents, ids: pa.Array) -> tuple[pa.Array, pa.Array]:
     """Unique impression ids, and request ids: an id under which a user was shown several items is the request's."""
     given = given.combine_chunks()
@@ -286,9 +313,14 @@ def _impression_names(given: pa.ChunkedArray, impressions: UserEvents, ids: pa.A
     return names, pc.if_else(several, given, pa.scalar(None, pa.string()))
 
 
-def _id_lists(ids: pa.Array, values: np.ndarray, offsets: np.ndarray) -> pa.Array:
-    texts = ids.take(pa.array(values)).cast(pa.string())
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), texts)
+def _behavior_columns(history: History, ids: pa.Array) -> dict[str, pa.Array]:
+    items, times, offsets = history.lists()
+    starts = pa.array(offsets.astype(np.int32))
+    texts = ids.take(pa.array(items)).cast(pa.string())
+    return {
+        "behaviors": pa.ListArray.from_arrays(starts, texts),
+        "behavior_times": pa.ListArray.from_arrays(starts, pa.array(times).cast(TIME)),
+    }
 
 
 def _join(prefix: str, numbers: pa.Array) -> pa.Array:

@@ -41,18 +41,20 @@ class UserEvents:
 
 @dataclass
 class History:
-    """Behaviors by user, oldest first: rows starts[i] … stops[i] - 1 of `item` belong to sample i (or user i)."""
+    """Behaviors by user, oldest first: rows starts[i] … stops[i] - 1 of `item` and `time` belong to sample i (or user i)."""
 
     item: np.ndarray
+    time: np.ndarray
     starts: np.ndarray
     stops: np.ndarray
 
-    def lists(self) -> tuple[np.ndarray, np.ndarray]:
-        """(values, offsets) as Arrow holds lists."""
+    def lists(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(items, times, offsets) as Arrow holds lists."""
         lengths = self.stops - self.starts
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-        return self.item[np.repeat(self.starts, lengths) + within], offsets
+        rows = np.repeat(self.starts, lengths) + within
+        return self.item[rows], self.time[rows], offsets
 
 
 def cutoffs(times: np.ndarray, time_resolution: str) -> np.ndarray:
@@ -76,14 +78,14 @@ def behaviors_before(
     keys = positives.user * width + np.searchsorted(times, positives.time)  # sorted like the positives
     begins = np.searchsorted(keys, user * width)
     stops = np.searchsorted(keys, user * width + np.searchsorted(times, cutoff, "left"))
-    return History(positives.item, np.maximum(begins, stops - max_behaviors), stops)
+    return History(positives.item, positives.time, np.maximum(begins, stops - max_behaviors), stops)
 
 
 def newest_behaviors(positives: UserEvents, max_behaviors: int) -> tuple[np.ndarray, History]:
     """Users with positives, and the newest of each, for serving."""
     users, starts = np.unique(positives.user, return_index=True)
     stops = np.append(starts[1:], len(positives.user)).astype(np.int64)
-    return users, History(positives.item, np.maximum(starts, stops - max_behaviors), stops)
+    return users, History(positives.item, positives.time, np.maximum(starts, stops - max_behaviors), stops)
 
 
 def first_of_each(events: UserEvents) -> np.ndarray:

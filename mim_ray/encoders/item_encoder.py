@@ -220,6 +220,30 @@ def load_for_tables(uri: str, device: str = "cpu") -> ItemEncoder:
     return encoder
 
 
+def encode_queries(
+    encoder: ItemEncoder, titles: Sequence[str | None], images: np.ndarray, has_image: np.ndarray
+) -> np.ndarray:
+    """Queries in the space of h^MM: h^img of a picture, as C-SFT trains q (Eq. 5), else h^txt of a text. Of length 1.
+
+    Args, Returns: as encode_batch. Each tower sees only what it is for.
+    """
+    device = encoder.image_projection.weight.device
+    has_text = np.array([title is not None and bool(title.strip()) for title in titles], bool) & ~has_image
+    vectors = np.zeros((len(titles), encoder.width), np.float32)
+    training = encoder.training
+    encoder.eval()
+    with torch.inference_mode():
+        if has_image.any():
+            pixels = torch.from_numpy(np.ascontiguousarray(images[has_image])).to(device)
+            vectors[has_image] = unit(encoder.encode_image(pixels).float()).cpu().numpy()
+        if has_text.any():
+            texts = [title for title, is_text in zip(titles, has_text, strict=True) if is_text]
+            tokens = {key: value.to(device) for key, value in encoder.text.tokenize(texts).items()}
+            vectors[has_text] = unit(encoder.encode_text(tokens).float()).cpu().numpy()
+    encoder.train(training)
+    return vectors
+
+
 def _refuse_other(uri: str, own: Encoders, wanted: Encoders) -> None:
     ignored: dict[str, Any] = {"vision": {"weights"}, "text": {"weights", "vocabulary_size"}}  # where a start came from
     if wanted.fusion != "low_rank_tfn":

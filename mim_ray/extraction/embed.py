@@ -62,18 +62,26 @@ class Work:
 
 
 def load_encoder(
-    uri: str, use_gpu: bool, precision: Literal["float32", "bfloat16"] = "float32", compile: bool = False
+    uri: str,
+    use_gpu: bool,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    compile: bool = False,
+    queries: bool = False,
 ) -> Encode:
-    """The item encoder saved at `uri`, on the GPU if one is asked for and there is one; see tuning.set_speed."""
+    """The item encoder saved at `uri`, on the GPU if one is asked for and there is one; see tuning.set_speed.
+
+    Args:
+        queries: what is encoded are queries, not items.
+    """
     # Here and not above: of all the job's processes only the actors need the model libraries, which load for seconds.
     import torch
 
-    from mim_ray.encoders.item_encoder import encode_batch, load_for_tables
+    from mim_ray.encoders.item_encoder import encode_batch, encode_queries, load_for_tables
     from mim_ray.encoders.tuning import set_speed
 
     encoder = load_for_tables(uri, "cuda" if use_gpu and torch.cuda.is_available() else "cpu")
     set_speed(encoder, precision, compile)
-    return partial(encode_batch, encoder)
+    return partial(encode_queries if queries else encode_batch, encoder)
 
 
 class ShardEncoder:

@@ -57,8 +57,9 @@ def run(
     """Bring the table up to the items below `data_root` for the encoder saved at `encoder`, then build its snapshot.
 
     Args:
-        samples: not read; the items table itself is what embeddings show.
-        center: the Delta log is center/table, the snapshot center/snapshots/<encoder version>.
+        samples: of its items nothing is read, the items table itself is what embeddings show; its queries are encoded, too.
+        center: the Delta log is center/table, the snapshot center/snapshots/<encoder version>; the same below
+            center/queries for queries.
 
     Raises:
         DataError: there is no usable items table. ArtifactError: there is no usable encoder.
@@ -66,25 +67,39 @@ def run(
     version, picture = describe_encoder(encoder)
     decoding = decoding_of(scenario.data, data_root, picture)
     table = EmbeddingTable(f"{center}/table").create()
+    settings = scenario.extraction
+    uri = f"{center}/snapshots/{version}"
+    load = partial(load_encoder, precision=settings.precision, compile=settings.compile)
     done = extract(
         require_table(data_root, "items"),
         table,
         encoder=encoder,
         encoder_version=version,
         decoding=decoding,
-        settings=scenario.extraction,
+        settings=settings,
         rejects=f"{center}/rejects/{version}",
-        snapshots=f"{center}/snapshots/{version}",
-        load=partial(load_encoder, precision=scenario.extraction.precision, compile=scenario.extraction.compile),
+        snapshots=uri,
+        load=load,
     )
-    counts = write_rejects(rejects, STAGE, done.rejects)
-    uri = f"{center}/snapshots/{version}"
-    settings = scenario.extraction
+    queries, unusable = None, []
+    if artifacts.exists(f"{samples}/queries"):
+        queries, of_queries = extract_queries(
+            f"{samples}/queries",
+            f"{center}/queries",
+            encoder=encoder,
+            encoder_version=version,
+            decoding=decoding,
+            settings=settings,
+            load=partial(load, queries=True),
+        )
+        unusable.append(of_queries)
+    counts = write_rejects(rejects, STAGE, pa.concat_tables([done.rejects, *unusable]))
     snapshot = build_snapshot(table, version, uri, dtype=settings.snapshot_dtype, keep=settings.snapshot_keep)
     rate = done.num_rows_done / done.seconds if done.num_rows_done else 0.0
     metrics = {
         "encoder_version": version,
         "snapshot": uri,
+        "queries": None if queries is None else queries.line,
         "num_items": done.num_rows,
         "num_embeddings": snapshot.num_rows,
         "width": snapshot.width,
@@ -100,7 +115,46 @@ def run(
         ("encoded", f"{done.num_rows_done:,} in {format_seconds(done.seconds)}, {rate:,.0f}/s"),
         ("snapshot", f"{snapshot.num_rows:,} × {snapshot.width} {snapshot.dtype}, encoder {version}"),
     ]
+    if queries is not None:
+        rows.append(("queries", f"{queries.num_rows:,}"))
     return StageResult(metrics, rows, counts)
+
+
+def extract_queries(
+    queries: str,
+    center: str,
+    *,
+    encoder: str,
+    encoder_version: str,
+    decoding: Decoding,
+    settings: Extraction,
+    load: Callable[[str, bool], Encode],
+) -> tuple[Snapshot | None, pa.Table]:
+    """Encode the distinct queries at `queries` (data/queries.py) into a log and a snapshot of their own below `center`.
+
+    Returns:
+        the snapshot, by query id, None where no query can be encoded; and the rejects.
+    """
+    table = EmbeddingTable(f"{center}/table").create()
+    line = f"{center}/snapshots/{encoder_version}"
+    done = extract(
+        queries,
+        table,
+        encoder=encoder,
+        encoder_version=encoder_version,
+        decoding=decoding,
+        settings=settings,
+        rejects=f"{center}/rejects/{encoder_version}",
+        snapshots=line,
+        load=load,
+    )
+    source = pa.repeat(pa.scalar("queries"), len(done.rejects))
+    rejects = done.rejects.set_column(done.rejects.schema.get_field_index("source"), "source", source)
+    if not sum(file.num_rows for file in table.scan(encoder_version)[1]):
+        return None, rejects
+    return build_snapshot(
+        table, encoder_version, line, dtype=settings.snapshot_dtype, keep=settings.snapshot_keep
+    ), rejects
 
 
 def describe_encoder(encoder: str) -> tuple[str, PictureFormat]:

@@ -37,7 +37,14 @@ def pipeline(scenario: Scenario) -> Pipeline:
         Stage(
             "samples",
             "Samples: interest pairs and impressions",
-            ("samples", "data.images_root", "data.max_image_bytes", "data.max_image_pixels", "data.max_title_chars"),
+            (
+                "samples",
+                "data.images_root",
+                "data.max_image_bytes",
+                "data.max_image_pixels",
+                "data.max_title_chars",
+                "data.features",
+            ),
             ("shop",) if synthetic_shop else (),
             _samples,
             reads_user_tables=True,
@@ -60,6 +67,8 @@ def pipeline(scenario: Scenario) -> Pipeline:
         ),
     ]
     sources = {"base": ("samples",), "mim": ("samples", "extraction"), "style": ("shop", "samples")}
+    if scenario.ciubm.query_vector:  # all models read it
+        sources = {content: tuple(dict.fromkeys((*parents, "extraction"))) for content, parents in sources.items()}
     variants = scenario.ciubm.variants
     for variant in variants:
         parents = sources[variant.partition("-")[2]]
@@ -96,6 +105,15 @@ def reference_snapshot(layout: Layout) -> str | None:
     """Snapshot behind the evaluation's mean cosine: what the run's extraction left, also when only base models are judged."""
     manifest = artifacts.read_manifest(layout.stage("extraction"))
     return None if manifest is None else str(manifest.metrics["snapshot"])
+
+
+def _queries_uri(scenario: Scenario, layout: Layout, variant: str) -> str | None:
+    """Snapshot of the queries' vectors, where the variant may use them."""
+    settings = scenario.ciubm
+    if not settings.query_vector and not (settings.query_interest and variant.endswith("-mim")):
+        return None
+    found = artifacts.read_json(f"{layout.stage('extraction')}/{artifacts.MANIFEST}")["metrics"]["queries"]
+    return None if found is None else str(found)
 
 
 def _shop(scenario: Scenario, layout: Layout) -> StageResult:
@@ -152,6 +170,7 @@ class _ctr:
             samples=layout.samples,
             snapshot=snapshot_uri(layout, self.variant.partition("-")[2]),
             output=layout.stage(f"ctr/{self.variant}"),
+            queries=_queries_uri(scenario, layout, self.variant),
         )
 
 

@@ -1,7 +1,8 @@
 """Each user's newest behaviors, memory-mapped: what `/v1/rank` uses when the caller sends none.
 
-The samples stage leaves `behaviors/part-*.parquet` (user_id, behaviors oldest first). Opening it once makes one Arrow file
-sorted by user, kept by content in the cache folder; replicas of a machine map the same file, and a look-up is a binary search.
+The samples stage leaves `behaviors/part-*.parquet` (user_id, behaviors oldest first, and by choice their times). Opening it
+once makes one Arrow file sorted by user, kept by content in the cache folder; replicas of a machine map the same file, and a
+look-up is a binary search.
 """
 
 from __future__ import annotations
@@ -15,21 +16,29 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mim_ray import artifacts
+from mim_ray.data.schema import TIME
 from mim_ray.errors import ArtifactError
 
-_SCHEMA = pa.schema([("user_id", pa.large_string()), ("behaviors", pa.large_list(pa.large_string()))])
+_SCHEMA = pa.schema(
+    [
+        ("user_id", pa.large_string()),
+        ("behaviors", pa.large_list(pa.large_string())),
+        ("behavior_times", pa.large_list(TIME)),
+    ]
+)
 
 
 class BehaviorStore:
-    """user id -> item ids, oldest first."""
+    """user id -> item ids, oldest first, and their times."""
 
     def __init__(self, table: pa.Table) -> None:
         """
         Args:
-            table: user_id (unique, sorted by bytes) and behaviors, each in at most one chunk.
+            table: user_id (unique, sorted by bytes), behaviors and behavior_times, each in at most one chunk.
         """
         self._users = _one_chunk(table["user_id"])
         self._behaviors = _one_chunk(table["behaviors"])
+        self._times = _one_chunk(table["behavior_times"].cast(pa.large_list(pa.int64())))
 
     @classmethod
     def open(cls, uri: str) -> BehaviorStore:
@@ -42,7 +51,8 @@ class BehaviorStore:
             raise ArtifactError(
                 f"{uri} is not there, so no user's behaviors are known. Run jobs/build_samples.py first."
             )
-        path = _cache_folder() / f"behaviors-{artifacts.fingerprint(uri, artifacts.source_fingerprint(uri))}.arrow"
+        source = artifacts.fingerprint(uri, artifacts.source_fingerprint(uri), _SCHEMA.names)
+        path = _cache_folder() / f"behaviors-{source}.arrow"
         if not path.exists():
             _write_sorted(_read(uri), path)
         with pa.memory_map(str(path)) as file:
@@ -51,8 +61,9 @@ class BehaviorStore:
     def __len__(self) -> int:
         return len(self._users)
 
-    def behaviors(self, user_id: str) -> list[str] | None:
-        """The user's past items, oldest first; None for an unknown user."""
+    def history(self, user_id: str) -> tuple[list[str], list[int] | None]:
+        """The user's past items, oldest first, and their times in microseconds, None where these are not known; empty for
+        an unknown user."""
         key = user_id.encode()
         low, high = 0, len(self._users)
         while low < high:
@@ -62,8 +73,9 @@ class BehaviorStore:
             else:
                 high = middle
         if low == len(self._users) or self._users[low].as_py() != user_id:
-            return None
-        return self._behaviors[low].as_py()
+            return [], None
+        behaviors, times = self._behaviors[low].as_py(), self._times[low].as_py()
+        return behaviors, times if times is not None and len(times) == len(behaviors) else None
 
 
 def _read(uri: str) -> pa.Table:
@@ -71,7 +83,10 @@ def _read(uri: str) -> pa.Table:
     for file in artifacts.list_files(uri, ".parquet"):
         fs, path = artifacts.filesystem(file)
         try:
-            tables.append(pq.read_table(path, filesystem=fs, columns=["user_id", "behaviors"]).cast(_SCHEMA))
+            table = pq.ParquetFile(path, filesystem=fs).read(_SCHEMA.names)
+            if "behavior_times" not in table.column_names:
+                table = table.append_column("behavior_times", pa.nulls(len(table), _SCHEMA.field(2).type))
+            tables.append(table.select(_SCHEMA.names).cast(_SCHEMA))
         except (pa.ArrowInvalid, ValueError, KeyError) as error:
             raise ArtifactError(
                 f"{file} is no table of user_id and behaviors ({error}). Run jobs/build_samples.py again."

@@ -59,8 +59,27 @@ class RankRequest(Message):
     """Item ids; one that is given twice is ranked once."""
     behaviors: Annotated[list[Id], Field(max_length=MAX_BEHAVIORS)] | None = None
     """Ids of the user's past items, oldest first. Default: those in the behavior store."""
+    behavior_times: Annotated[list[AwareDatetime], Field(max_length=MAX_BEHAVIORS)] | None = None
+    """When each of `behaviors` happened, with a time zone. Behaviors from `timestamp` on are left out, the others are
+    sorted by time. Default: not known."""
+    timestamp: AwareDatetime | None = None
+    """When the user asked, with a time zone. Default: now."""
+    context: dict[str, Any] = {}
+    """Values of the model's declared features, equal for all candidates: {"device": "phone"}. Those that are left out, or are
+    null, have the model's default and are named in the answer."""
+    item_context: dict[str, list[Any]] = {}
+    """The same for features that differ between candidates: a list with one value for each of `candidates`."""
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Answer with this many items only. Default: all."""
+
+    @model_validator(mode="after")
+    def _times_of_behaviors(self) -> RankRequest:
+        if self.behavior_times is not None and len(self.behavior_times) != len(self.behaviors or ()):
+            raise ValueError(
+                f"behavior_times holds {len(self.behavior_times):,} times for {len(self.behaviors or ()):,} behaviors; "
+                "send one for each of behaviors, in the same order"
+            )
+        return self
 
 
 class RankedItem(Message):
@@ -99,6 +118,10 @@ class RankResponse(Message):
     items: list[RankedItem]
     num_behaviors: int
     """Past items that the ranking looked at."""
+    num_future_behaviors: int = 0
+    """Behaviors that were left out because they are not from before the request."""
+    default_features: list[str] = []
+    """Declared features that the request lacked, for one candidate or more: the model's defaults stood for them."""
     model_version: str
     encoder_version: str | None
     """Version of the MM embeddings behind the scores; null for a model without content."""
@@ -193,3 +216,5 @@ class Ready(Message):
     encoder_version: str | None = None
     num_items: int | None = None
     """Items whose MM embedding is known."""
+    default_features: dict[str, int] = {}
+    """Requests since this replica started that lacked a declared feature, by feature."""

@@ -6,8 +6,12 @@ Ray Serve application.
 
 from __future__ import annotations
 
+import threading
 import uuid
+from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -27,6 +31,7 @@ from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.serving.behavior_store import BehaviorStore
 from mim_ray.serving.limits import check_count, check_exposure, guarded
 from mim_ray.serving.messages import Health, Problem, RankedItem, RankRequest, RankResponse, Ready
+from mim_ray.serving.request_context import context_table
 from mim_ray.serving.served import Served
 
 FOLLOW_EVERY_S = 0.1  # how often new items are looked for
@@ -40,6 +45,9 @@ class RankingService:
         model: the CTR model; its `encoder_version` None means that it uses no content.
         embeddings: where MM embeddings come from, those of new items included.
         behaviors: used when a request brings none.
+
+    Attributes:
+        default_features: how many requests lacked each declared feature.
     """
 
     def __init__(
@@ -49,6 +57,8 @@ class RankingService:
         self.embeddings = embeddings
         self.behaviors = behaviors
         self.max_candidates = max_candidates
+        self.default_features: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self.model_version = f"{model.variant}-{artifacts.fingerprint(model.info)[:12]}"
 
     @classmethod
@@ -72,14 +82,22 @@ class RankingService:
     def rank(self, request: RankRequest) -> RankResponse:
         """
         Raises:
-            RequestError: too many candidates.
+            RequestError: too many candidates, or a context that does not fit the model.
         """
         check_count("candidates", len(request.candidates), self.max_candidates)
+        place = {item: number for number, item in reversed(list(enumerate(request.candidates)))}
         candidates = list(dict.fromkeys(request.candidates))
-        behaviors = request.behaviors
-        if behaviors is None:
-            behaviors = self.behaviors.behaviors(request.user_id) or []
-        behaviors = behaviors[-self.model.max_behaviors :]
+        context, absent = context_table(
+            self.model.features.kinds,
+            request.context,
+            request.item_context,
+            [place[item] for item in candidates],
+            len(request.candidates),
+        )
+        with self._counting:
+            self.default_features.update(absent)
+        timestamp = round((request.timestamp or datetime.now(UTC)).timestamp() * 1e6)
+        behaviors, times, num_future = self._history(request, timestamp)
         has_content = np.zeros(len(candidates), bool)
 
         def multi_get(ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray, Sequence[str | None]]:
@@ -87,7 +105,15 @@ class RankingService:
             has_content[:] = found[len(behaviors) :]
             return vectors, found, categories.to_pylist()
 
-        prob = self.model.score(request.user_id, behaviors, candidates, multi_get)  # (C,)
+        prob = self.model.score(
+            request.user_id,
+            behaviors,
+            candidates,
+            multi_get,
+            behavior_times=times,
+            timestamp=timestamp,
+            context=context,
+        )  # (C,)
         if not np.isfinite(prob).all():
             raise FloatingPointError("the CTR model gave a probability that is no number")
         position = self.model.items.vocabulary.encode(candidates)
@@ -105,9 +131,25 @@ class RankingService:
                 for row in order
             ],
             num_behaviors=len(behaviors),
+            num_future_behaviors=num_future,
+            default_features=absent,
             model_version=self.model_version,
             encoder_version=self.model.encoder_version,
         )
+
+    def _history(self, request: RankRequest, timestamp: int) -> tuple[list[str], list[int] | None, int]:
+        """The newest behaviors before the request, oldest first, their times if these are known, and how many are later."""
+        if request.behaviors is None:
+            behaviors, times = self.behaviors.history(request.user_id)
+        else:
+            behaviors, given = request.behaviors, request.behavior_times
+            times = None if given is None else [round(time.timestamp() * 1e6) for time in given]
+        newest = self.model.max_behaviors
+        if times is None:
+            return behaviors[-newest:], None, 0
+        past = sorted((pair for pair in zip(times, behaviors, strict=True) if pair[0] < timestamp), key=itemgetter(0))
+        kept = past[-newest:]
+        return [item for _, item in kept], [time for time, _ in kept], len(behaviors) - len(past)
 
 
 def ranking_api(service: RankingService, serving: Serving) -> ASGIApp:
@@ -133,6 +175,7 @@ def ranking_api(service: RankingService, serving: Serving) -> ASGIApp:
             model_version=service.model_version,
             encoder_version=service.model.encoder_version,
             num_items=len(service.model.items.vocabulary),
+            default_features=dict(service.default_features),
         )
 
     return guarded(app, serving.max_body_bytes)

@@ -86,12 +86,18 @@ def plain_positives(log, user, kind=POSITIVE):
 
 
 def plain_behaviors(positives, time, newest, resolution):
+    """(item, microseconds) of what the user chose before `time`."""
     known = [
-        f"item{p['item']}"
+        (f"item{p['item']}", p["time"])
         for p in positives
         if (p["time"] < time if resolution == "exact" else p["time"] // DAY < time // DAY)
     ]
     return known[-newest:]
+
+
+def behaviors_of(row):
+    times = [round(time.timestamp() * 1e6) for time in row["behavior_times"]]
+    return list(zip(row["behaviors"], times, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -146,7 +152,7 @@ def test_logged_samples_equal_plain_python(tmp_path, seed):
         assert row["item_id"] == f"item{event['item']}"
         assert row["label"] == event["label"]
         assert (row["revenue"] or 0.0) == event["revenue"]
-        assert row["behaviors"] == plain_behaviors(positives[event["user"]], event["time"], 6, "exact")
+        assert behaviors_of(row) == plain_behaviors(positives[event["user"]], event["time"], 6, "exact")
         late = (event["time"] >= split.validation_start) + (event["time"] >= split.test_start)
         assert row["split"] == ("train", "validation", "test")[late]
         assert not row["drawn"]
@@ -163,8 +169,30 @@ def test_logged_samples_equal_plain_python(tmp_path, seed):
     for item, time in zip(result["train_items"], result["train_first"], strict=True):
         assert time == round(first[item].timestamp() * 1e6)
     assert dict(zip(result["test_items"], result["test_rows"], strict=True)) == {k: v for k, v in test.items() if v}
-    newest = {row["user_id"]: row["behaviors"] for row in pq.read_table(tmp_path / "behaviors").to_pylist()}
+    newest = {row["user_id"]: behaviors_of(row) for row in pq.read_table(tmp_path / "behaviors").to_pylist()}
     assert newest == {user: plain_behaviors(known, 10**18, 6, "exact") for user, known in positives.items() if known}
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_features_of_an_event_are_those_of_its_samples(tmp_path, with_ids):
+    log = random_log(5, with_ids)
+    table = as_table(log)
+    devices = pa.array([None if seq % 7 == 0 else f"d{seq}" for seq in table["seq"].to_pylist()])
+    tags = pa.array([[f"t{seq}"] for seq in table["seq"].to_pylist()])
+    table = table.append_column("device", devices).append_column("tags", tags)
+    positives = [event for event in log if event["kind"] & POSITIVE]
+    times = np.sort([event["time"] for event in positives])
+    pool = Pool(times, np.arange(len(times)) % NUM_ITEMS, np.zeros(NUM_ITEMS, np.int64), np.arange(NUM_ITEMS))
+    made = job(tmp_path, Samples(), "logged" if with_ids else "drawn", pool=pool)
+    counts = json.loads(write_part_of_users(table, made).to_pylist()[0]["counts"])
+    rows = pq.read_table(tmp_path / "impressions" / "train").to_pylist()
+    shown = sorted((event for event in log if event["kind"] == SHOWN), key=lambda e: -e["seq"])  # the first one counts
+    by_name = {event["impression_id"] or f"row{event['seq']}": event["seq"] for event in shown}
+    for row in rows:
+        seq = by_name[row["impression_id"]] if with_ids else int(row["request_id"].removeprefix("p"))
+        assert (row["device"], row["tags"]) == (None if seq % 7 == 0 else f"d{seq}", [f"t{seq}"])
+    assert with_ids or any(row["drawn"] for row in rows)
+    assert counts["impressions without device"] == sum(row["device"] is None for row in rows) > 0
 
 
 def test_the_order_in_which_the_shuffle_brings_rows_changes_nothing(tmp_path):
@@ -204,7 +232,7 @@ def test_drawn_negatives_existed_then_are_not_the_users_own_and_come_from_the_wi
     for row in rows:
         requests[row["request_id"]].append(row)
         time = round(row["timestamp"].timestamp() * 1e6)
-        assert row["behaviors"] == plain_behaviors(positives[row["user_id"]], time, 5, resolution)
+        assert behaviors_of(row) == plain_behaviors(positives[row["user_id"]], time, 5, resolution)
         assert row["drawn"] == (not row["label"])
         if row["drawn"]:
             item = int(row["item_id"][4:])

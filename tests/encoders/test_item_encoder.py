@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mim_ray.config.scenario import Encoders
-from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch, load_for_tables, unit
+from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch, encode_queries, load_for_tables, unit
 from mim_ray.errors import ArtifactError
 
 
@@ -49,6 +49,20 @@ def test_encode_batch_gives_unit_rows_and_zeros_for_items_with_neither(encoder):
     rows = encode_batch(encoder, ["red bag", None, "hat", "  "], images(4), np.array([True, True, False, False]))
     assert rows.dtype == np.float32
     assert np.linalg.norm(rows, axis=1) == pytest.approx([1, 1, 1, 0], abs=1e-5)
+
+
+def test_a_query_is_its_pictures_embedding_else_its_texts(encoder):
+    titles, pictures, has = ["red bag", None, "hat", "  "], images(4), np.array([True, True, False, False])
+    rows = encode_queries(encoder, titles, pictures, has)
+    assert rows.dtype == np.float32
+    with torch.inference_mode():
+        encoder.eval()
+        of_images = unit(encoder.encode_image(torch.from_numpy(pictures[:2])))
+        of_text = unit(encoder.encode_text(encoder.text.tokenize(["hat"])))
+    np.testing.assert_allclose(rows[:2], of_images, atol=1e-5)
+    np.testing.assert_allclose(rows[2:3], of_text, atol=1e-5)
+    assert not rows[3].any()
+    assert encode_queries(encoder, [], images(0), np.zeros(0, bool)).shape == (0, encoder.width)
 
 
 def test_encode_batch_does_not_depend_on_what_stands_beside_an_item(encoder):

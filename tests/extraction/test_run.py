@@ -12,13 +12,14 @@ import pytest
 
 from mim_ray.config import load_scenario
 from mim_ray.config.scenario import Extraction
+from mim_ray.data.queries import QUERIES, write_queries
 from mim_ray.data.rejects import read_rejects
 from mim_ray.data.transforms import PictureFormat
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.encoders.tokenizer import train_tokenizer
 from mim_ray.errors import ArtifactError
 from mim_ray.extraction.read import Decoding
-from mim_ray.extraction.run import Extracted, extract, run
+from mim_ray.extraction.run import Extracted, extract, extract_queries, run
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
@@ -180,3 +181,37 @@ def test_an_encoder_that_cannot_be_loaded_is_a_sentence(tmp_path: Path, make_ite
 
     with pytest.raises(ArtifactError, match=r"^weights are damaged"):
         fill(make_items(tmp_path / "data", num=20), tmp_path / "a", load)
+
+
+def test_queries_are_encoded_once_each_into_a_snapshot_of_their_own(
+    tmp_path: Path, stand_in: Callable[..., Any], picture: Callable[[int], bytes]
+) -> None:
+    rows = [
+        {"item_id": "picture", "title": None, "image": picture(1)},
+        {"item_id": "text", "title": "red mug", "image": None},
+        {"item_id": "broken", "title": None, "image": b"no picture"},
+    ]
+    write_queries(pa.Table.from_pylist(rows, schema=QUERIES), str(tmp_path), "00000")
+    arguments: dict[str, Any] = {
+        "encoder": "stand-in",
+        "encoder_version": "v1",
+        "decoding": DECODING,
+        "settings": SETTINGS,
+        "load": stand_in(),
+    }
+    snapshot, rejects = extract_queries(f"{tmp_path}/queries", f"{tmp_path}/center", **arguments)
+    assert snapshot is not None
+    assert sorted(snapshot.ids.to_pylist()) == ["picture", "text"]
+    assert snapshot.gather(snapshot.lookup(["text"]))[0].tolist()[0] == len("red mug")
+    assert {(row["source"], row["key"], row["reason"]) for row in rejects.to_pylist()} == {
+        ("queries", "broken", "image format"),
+        ("queries", "broken", "no content"),
+    }
+    none, rejects = extract_queries(only_broken(tmp_path / "other", rows[2]), f"{tmp_path}/other-center", **arguments)
+    assert none is None
+    assert rejects.num_rows == 2
+
+
+def only_broken(folder: Path, row: dict[str, Any]) -> str:
+    write_queries(pa.Table.from_pylist([row], schema=QUERIES), str(folder), "00000")
+    return f"{folder}/queries"

@@ -18,6 +18,7 @@ from PIL import Image
 
 from mim_ray import artifacts
 from mim_ray.ciubm.export import save_model
+from mim_ray.ciubm.features import Features
 from mim_ray.ciubm.model import CtrNetwork
 from mim_ray.ciubm.tables import IdTables
 from mim_ray.ciubm.train import network_config
@@ -119,6 +120,7 @@ def write_model(uri: str, scenario: Scenario, ids: list[str], encoder_version: s
     users = Vocabulary(pa.array([f"u{row}" for row in range(5)]))
     items.save(f"{uri}/vocabulary")
     users.save(f"{uri}/vocabulary/users.arrow")
+    Features().save(f"{uri}/vocabulary")
     torch.manual_seed(0)
     config = network_config(settings, "sim", scenario.encoders.width)
     num_rows = {"item": items.num_table_rows, "category": items.num_category_rows, "user": len(users) + 1}

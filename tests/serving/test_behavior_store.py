@@ -2,6 +2,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mim_ray.data.schema import TIME
 from mim_ray.errors import ArtifactError
 from mim_ray.serving.behavior_store import BehaviorStore
 
@@ -21,15 +22,26 @@ def folder(tmp_path, monkeypatch):
 def test_each_user_of_each_file_is_found_with_behaviors_in_order(folder):
     store = BehaviorStore.open(str(folder))
     assert len(store) == 4
-    assert store.behaviors("u9") == ["a", "b"]
-    assert store.behaviors("Ä") == ["c"]
-    assert store.behaviors("u10") == []
-    assert store.behaviors("u1") == ["d", "e", "f"]
+    assert store.history("u9") == (["a", "b"], None)
+    assert store.history("Ä") == (["c"], None)
+    assert store.history("u10") == ([], None)
+    assert store.history("u1") == (["d", "e", "f"], None)
+
+
+def test_times_are_there_where_every_behavior_has_one(folder):
+    times = pa.array([[1_000, 2_000], [3_000], None], pa.list_(TIME))
+    table = pa.table({"user_id": ["t1", "t2", "t3"], "behaviors": [["a", "b"], ["a", "b"], ["a"]]})
+    pq.write_table(table.append_column("behavior_times", times), folder / "part-2.parquet")
+    store = BehaviorStore.open(str(folder))
+    assert store.history("t1") == (["a", "b"], [1_000, 2_000])
+    assert store.history("t2") == (["a", "b"], None)
+    assert store.history("t3") == (["a"], None)
+    assert store.history("u9") == (["a", "b"], None)
 
 
 @pytest.mark.parametrize("user", ["", "u", "u100", "ä", "zzz", "a" * 300])
 def test_an_unknown_user_has_no_behaviors(folder, user):
-    assert BehaviorStore.open(str(folder)).behaviors(user) is None
+    assert BehaviorStore.open(str(folder)).history(user) == ([], None)
 
 
 def test_the_lookup_agrees_with_a_dict(tmp_path, monkeypatch):
@@ -37,7 +49,7 @@ def test_the_lookup_agrees_with_a_dict(tmp_path, monkeypatch):
     users = {f"user-{(i * 7919) % 1009}": [str(i), str(i + 1)] for i in range(1009)}
     pq.write_table(pa.table({"user_id": list(users), "behaviors": list(users.values())}), tmp_path / "b.parquet")
     store = BehaviorStore.open(str(tmp_path / "b.parquet"))
-    assert {user: store.behaviors(user) for user in users} == users
+    assert {user: store.history(user)[0] for user in users} == users
 
 
 def test_a_second_open_maps_the_same_file_and_a_changed_table_another(folder, tmp_path):
@@ -46,14 +58,14 @@ def test_a_second_open_maps_the_same_file_and_a_changed_table_another(folder, tm
     BehaviorStore.open(str(folder))
     assert set((tmp_path / "cache").iterdir()) == first
     pq.write_table(pa.table({"user_id": ["u2"], "behaviors": [["z"]]}), folder / "part-2.parquet")
-    assert BehaviorStore.open(str(folder)).behaviors("u2") == ["z"]
+    assert BehaviorStore.open(str(folder)).history("u2") == (["z"], None)
 
 
 def test_an_empty_table_knows_nobody(tmp_path, monkeypatch):
     monkeypatch.setenv("MIM_RAY_CACHE", str(tmp_path / "cache"))
     empty = pa.table({"user_id": pa.array([], pa.string()), "behaviors": pa.array([], pa.list_(pa.string()))})
     pq.write_table(empty, tmp_path / "b.parquet")
-    assert BehaviorStore.open(str(tmp_path / "b.parquet")).behaviors("u") is None
+    assert BehaviorStore.open(str(tmp_path / "b.parquet")).history("u") == ([], None)
 
 
 def test_a_missing_folder_or_column_is_a_sentence(tmp_path):

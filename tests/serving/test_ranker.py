@@ -65,6 +65,105 @@ def test_behaviors_in_the_request_replace_the_stored_ones(client):
     assert (other["num_behaviors"], none["num_behaviors"]) == (1, 0)
 
 
+def test_behaviors_with_times_are_sorted_and_later_ones_left_out(client, service, monkeypatch):
+    seen = []
+
+    def score(_, behaviors, candidates, multi_get, *, behavior_times, timestamp, **__):
+        multi_get([*behaviors, *candidates])
+        seen.append((behaviors, behavior_times, timestamp))
+        return np.zeros(len(candidates))
+
+    monkeypatch.setattr(service.model, "score", score)
+    body = {"user_id": "u1", "candidates": ["i1"], "timestamp": "2026-01-02T00:00:00Z"}
+    days = ["2026-01-01T12:00:00Z", "2026-01-02T00:00:00Z", "2026-01-01T01:00:00+01:00", "2026-03-01T00:00:00Z"]
+    answer = client.post("/v1/rank", json=body | {"behaviors": ["a", "b", "c", "d"], "behavior_times": days})
+    assert (answer.json()["num_behaviors"], answer.json()["num_future_behaviors"]) == (2, 2)
+    start = 1_767_225_600_000_000
+    assert seen == [(["c", "a"], [start, start + 43_200_000_000], start + 86_400_000_000)]
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        (["2026-01-01T12:00:00Z"], "behavior_times holds 1 times for 2 behaviors"),
+        (["2026-01-01T12:00:00", "2026-01-01T12:00:00Z"], "timezone"),
+        ("yesterday", "behavior_times"),
+    ],
+)
+def test_times_that_do_not_fit_are_a_sentence(client, times, said):
+    body = {"user_id": "u1", "candidates": ["i1"], "behaviors": ["a", "b"], "behavior_times": times}
+    answer = client.post("/v1/rank", json=body)
+    assert answer.status_code == 422
+    assert said in answer.json()["error"]
+
+
+@pytest.fixture
+def with_features(client, service, monkeypatch):
+    """The same client; the model has a categorical, a dense and a multi-valued feature. Gives the rows it was asked for."""
+    kinds = {"device": "categorical", "price": "dense", "tags": "multi"}
+    monkeypatch.setattr(type(service.model.features), "kinds", property(lambda _: kinds))
+    seen = []
+
+    def score(_, behaviors, candidates, multi_get, *, context, **__):
+        multi_get([*behaviors, *candidates])
+        seen.append(context.select(list(kinds)).to_pylist())
+        return np.zeros(len(candidates))
+
+    monkeypatch.setattr(service.model, "score", score)
+    return client, seen
+
+
+def test_context_reaches_the_model_in_the_order_of_the_candidates(with_features):
+    client, seen = with_features
+    body = {"user_id": "u1", "candidates": ["i3", "i1", "i3"], "context": {"device": "phone", "tags": ["x", 3, None]}}
+    answer = client.post("/v1/rank", json=body | {"item_context": {"price": [3, True, 99.5]}}).json()
+    both = {"device": "phone", "tags": ["x", "3", None]}
+    assert seen == [[both | {"price": 3.0}, both | {"price": 1.0}]]
+    assert answer["default_features"] == []
+
+
+def test_absent_features_are_named_and_counted(with_features):
+    client, seen = with_features
+    body = {"user_id": "u1", "candidates": ["i3", "i1"], "context": {"device": None}}
+    answer = client.post("/v1/rank", json=body | {"item_context": {"price": [None, 2.5]}}).json()
+    assert answer["default_features"] == ["device", "price", "tags"]
+    assert seen == [[{"device": None, "price": None, "tags": None}, {"device": None, "price": 2.5, "tags": None}]]
+    body = '{"user_id": "u1", "candidates": ["i1"], "context": {"device": 7, "tags": [], "price": NaN}}'
+    answer = client.post("/v1/rank", content=body, headers={"content-type": "application/json"}).json()
+    assert answer["default_features"] == ["price"]
+    body = body.replace("NaN", "1" + "0" * 400)
+    answer = client.post("/v1/rank", content=body, headers={"content-type": "application/json"}).json()
+    assert answer["default_features"] == ["price"]
+    client.post("/v1/rank", json={"user_id": "u1", "candidates": ["i1"]})
+    assert client.get("/readyz").json()["default_features"] == {"device": 2, "price": 4, "tags": 2}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"context": {"colour": "red"}}, "context.colour is no feature of this model; it has device, price, tags"),
+        ({"item_context": {"colour": ["red"]}}, "item_context.colour is no feature of this model"),
+        ({"context": {"price": "12"}}, "context.price must be a number."),
+        ({"context": {"price": {"eur": 12}}}, "context.price must be a number."),
+        ({"context": {"device": 1.5}}, "context.device must be a string or a whole number."),
+        ({"context": {"device": True}}, "context.device must be a string or a whole number."),
+        ({"context": {"device": "\ud800"}}, "context.device must be a string or a whole number."),
+        ({"context": {"tags": "x"}}, "context.tags must be a list of strings or whole numbers."),
+        ({"context": {"tags": [["x"]]}}, "context.tags must be a list of strings or whole numbers."),
+        ({"item_context": {"price": [1, 2]}}, "item_context.price holds 2 values for 1 candidates."),
+        ({"item_context": {"price": ["1"]}}, "item_context.price[0] must be a number."),
+        ({"item_context": {"price": [1]}, "context": {"price": 1}}, "price is both in context and in item_context."),
+        ({"context": ["device"]}, "context"),
+    ],
+)
+def test_a_context_that_does_not_fit_is_a_sentence(with_features, body, said):
+    client, _ = with_features
+    text = json.dumps({"user_id": "u1", "candidates": ["i1"]} | body)
+    answer = client.post("/v1/rank", content=text, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert said in answer.json()["error"]
+
+
 def test_unknown_users_and_items_are_scored_and_flagged(client):
     answer = client.post("/v1/rank", json={"user_id": "nobody", "candidates": ["i1", "i35", "never-heard-of"]}).json()
     flags = {item["item_id"]: (item["unknown_item"], item["no_content"]) for item in answer["items"]}
@@ -101,7 +200,7 @@ def test_a_new_item_gets_content_and_its_category_without_a_restart(service, sma
 
 
 def test_a_score_that_is_no_number_is_never_answered(client, service, monkeypatch):
-    monkeypatch.setattr(service.model, "score", lambda user, behaviors, candidates, multi_get: np.array([np.nan]))
+    monkeypatch.setattr(service.model, "score", lambda *_, **__: np.array([np.nan]))
     answer = client.post("/v1/rank", json={"user_id": "u1", "candidates": ["i1"]})
     assert answer.status_code == 500
     assert set(answer.json()) == {"error"}
