@@ -11,7 +11,7 @@ import numpy as np
 from mim_ray.evaluation.bootstrap import Estimate, difference, group_weights, interval, ratio_resamples, user_groups
 from mim_ray.evaluation.metrics import group_auc
 from mim_ray.evaluation.rows import Columns, Parts
-from mim_ray.evaluation.tally import MAX_BINS, SAMPLE_ROWS, ScoreBins, Tally, UserTally
+from mim_ray.evaluation.tally import MAX_BINS, SAMPLE_ROWS, Score, ScoreBins, Tally, UserTally
 
 Pairs = Mapping[str, tuple[str, str]]
 """Name of a difference -> the model and what it is compared with."""
@@ -46,15 +46,16 @@ class Comparison:
         max_bins: int = MAX_BINS,
     ) -> None:
         self.models, self.min_label_rows = list(models), min_label_rows
-        self.tallies: dict[str, Tally] = {}
-        for name in [*models, *references]:
+        self.scores: dict[str, Score] = {}
+        self.weights = np.zeros((0, 0))
+        for name in [*models, *references]:  # a tally takes hundreds of MB: one at a time
             kinds, number = (slices, num_slices) if name in models else ((), 0)
-            bins = _bins(rows, name, max_bins)
-            self.tallies[name] = _tally(rows, name, Tally(bins, 1 + number, is_prob=name in models), kinds)
+            tally = Tally(_bins(rows, name, max_bins), 1 + number, is_prob=name in models)
+            _count(rows, name, tally, kinds)
+            if not len(self.weights):
+                self.weights = group_weights(tally.occupied, num_bootstrap, seed)
+            self.scores[name] = tally.score(self.weights)
         self.num_users, self.users = _by_user(rows, models, folder)
-        occupied = self.tallies[self.models[0]].rows_by_group > 0
-        self._weights = group_weights(occupied, num_bootstrap, seed)
-        self._drawn: dict[tuple[str, int], np.ndarray] = {}
 
     def metrics(self, pairs: Pairs) -> tuple[dict[str, Any], dict[str, Any]]:
         """All metrics of the models over all rows, and the differences of pairs of them.
@@ -68,9 +69,9 @@ class Comparison:
         single = {
             model: {
                 **{name: as_json(interval(values[model][name], drawn[model][name])) for name in values[model]},
-                "auc_error": self.tallies[model].auc_error(),
-                "calibration": self.tallies[model].calibration(),
-                "reliability": self.tallies[model].reliability(),
+                "auc_error": self.scores[model].auc_error[0],
+                "calibration": self.scores[model].calibration[0],
+                "reliability": self.scores[model].reliability,
             }
             for model in self.models
         }
@@ -91,32 +92,32 @@ class Comparison:
 
     def auc(self, name: str) -> Estimate:
         """Of a model or reference over all rows."""
-        return interval(self.tallies[name].auc(), self._auc_resamples(name, 0))
+        return interval(self.scores[name].auc[0], self.scores[name].auc_resamples[0])
 
     def closed_ratio(self, base: str, model: str, ideal: str) -> dict[str, float | None]:
         """(model - base) / (ideal - base) in AUC, with its interval."""
-        low, middle, high = (self.tallies[name].auc() for name in (base, model, ideal))
+        low, middle, high = (self.scores[name].auc[0] for name in (base, model, ideal))
         if low is None or middle is None or high is None:
             return as_json(Estimate(None, None, None))
-        drawn = [self._auc_resamples(name, 0) for name in (base, model, ideal)]
+        drawn = [self.scores[name].auc_resamples[0] for name in (base, model, ideal)]
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = (drawn[1] - drawn[0]) / (drawn[2] - drawn[0])
         return as_json(interval((middle - low) / (high - low) if high != low else None, ratios))
 
     def slice(self, number: int, pairs: Pairs) -> dict[str, Any]:
         """Number of rows, AUC and calibration of each model and the AUC's difference of each pair in one slice."""
-        negatives, positives = self.tallies[self.models[0]].label_rows(number)
+        negatives, positives = self.scores[self.models[0]].label_rows[number]
         result: dict[str, Any] = {
             "num_rows": negatives + positives,
             "num_positives": positives,
             "auc": {},
             "difference": {},
-            "calibration": {model: self.tallies[model].calibration(number) for model in self.models},
+            "calibration": {model: self.scores[model].calibration[number] for model in self.models},
         }
         if min(positives, negatives) < self.min_label_rows:
             return result
-        values = {model: self.tallies[model].auc(number) for model in self.models}
-        drawn = {model: self._auc_resamples(model, number) for model in self.models}
+        values = {model: self.scores[model].auc[number] for model in self.models}
+        drawn = {model: self.scores[model].auc_resamples[number] for model in self.models}
         result["auc"] = {model: as_json(interval(values[model], drawn[model])) for model in self.models}
         result["difference"] = {
             pair: as_json(difference(values[model], values[base], drawn[model], drawn[base]))
@@ -125,32 +126,29 @@ class Comparison:
         return result
 
     def _values(self, model: str) -> dict[str, float | None]:
-        tally, users = self.tallies[model], self.users[model]
+        score, users = self.scores[model], self.users[model]
         return {
-            "auc": tally.auc(),
+            "auc": score.auc[0],
             "gauc": users.value(by_rows=True),
             "gauc_unweighted": users.value(by_rows=False),
-            "log_loss": tally.log_loss(),
+            "log_loss": score.log_loss,
         }
 
     def _resamples(self, model: str) -> dict[str, np.ndarray]:
-        tally, users = self.tallies[model], self.users[model]
+        score, users = self.scores[model], self.users[model]
         return {
-            "auc": self._auc_resamples(model, 0),
-            "gauc": ratio_resamples(*users.sums(by_rows=True), self._weights),
-            "gauc_unweighted": ratio_resamples(*users.sums(by_rows=False), self._weights),
-            "log_loss": ratio_resamples(tally.loss_by_group, tally.rows_by_group, self._weights),
+            "auc": score.auc_resamples[0],
+            "gauc": ratio_resamples(*users.sums(by_rows=True), self.weights),
+            "gauc_unweighted": ratio_resamples(*users.sums(by_rows=False), self.weights),
+            "log_loss": score.log_loss_resamples,
         }
-
-    def _auc_resamples(self, name: str, number: int) -> np.ndarray:
-        if (name, number) not in self._drawn:
-            self._drawn[name, number] = self.tallies[name].auc_resamples(self._weights, number)
-        return self._drawn[name, number]
 
 
 def streamed_auc(rows: Columns, name: str) -> float | None:
     """AUC of one score over all judged rows."""
-    return _tally(rows, name, Tally(_bins(rows, name, MAX_BINS), 1, is_prob=False), ()).auc()
+    tally = Tally(_bins(rows, name, MAX_BINS), 1, is_prob=False)
+    _count(rows, name, tally, ())
+    return tally.auc()
 
 
 def as_json(estimate: Estimate) -> dict[str, float | None]:
@@ -167,7 +165,7 @@ def _bins(rows: Columns, name: str, max_bins: int) -> ScoreBins:
     return ScoreBins(rows.take(name, chosen)[rows.take("label", chosen) >= 0], complete, max_bins)
 
 
-def _tally(rows: Columns, name: str, tally: Tally, slices: Sequence[np.ndarray]) -> Tally:
+def _count(rows: Columns, name: str, tally: Tally, slices: Sequence[np.ndarray]) -> None:
     for user, item, label, score in rows.chunks("user", "item", "label", name):
         judged = label >= 0
         tally.add(
@@ -176,7 +174,6 @@ def _tally(rows: Columns, name: str, tally: Tally, slices: Sequence[np.ndarray])
             user_groups(user[judged]),
             [of_item[item[judged]] for of_item in slices],
         )
-    return tally
 
 
 def _by_user(rows: Columns, models: Sequence[str], folder: Path) -> tuple[int, dict[str, UserTally]]:

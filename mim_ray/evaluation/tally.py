@@ -8,11 +8,12 @@ negative that share a bin of several scores; with bins of equal mass it is about
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mim_ray.evaluation.bootstrap import NUM_GROUPS, auc_resamples
+from mim_ray.evaluation.bootstrap import NUM_GROUPS, auc_resamples, ratio_resamples
 from mim_ray.evaluation.metrics import GroupAuc, binned_auc, row_log_loss
 
 SAMPLE_ROWS = 2**20
@@ -55,6 +56,26 @@ class ScoreBins:
         return np.searchsorted(self.edges, score, side="right")
 
 
+@dataclass(frozen=True)
+class Score:
+    """What a tally comes to: lists and rows by slice, slice 0 being all rows.
+
+    Attributes:
+        label_rows: negatives and positives. auc: None without both. auc_error: most that it can be wrong by.
+        auc_resamples: (slices, R). calibration: sum of probabilities over positives, None without positives.
+        log_loss, log_loss_resamples, reliability: over all rows.
+    """
+
+    label_rows: list[tuple[int, int]]
+    auc: list[float | None]
+    auc_error: list[float]
+    auc_resamples: np.ndarray
+    calibration: list[float | None]
+    log_loss: float | None
+    log_loss_resamples: np.ndarray
+    reliability: dict[str, Any]
+
+
 class Tally:
     """Counts of one score by slice, bin, group of users and label. Slice 0 is all rows.
 
@@ -66,8 +87,8 @@ class Tally:
         self.bins, self.is_prob = bins, is_prob
         self._fine = np.zeros((num_slices, len(bins), 2), np.uint32)
         self._grouped = np.zeros((num_slices, NUM_GROUPS, int(bins.coarse[-1]) + 1, 2), np.uint32)
-        self.rows_by_group = np.zeros(NUM_GROUPS)
-        self.loss_by_group = np.zeros(NUM_GROUPS)
+        self._rows_by_group = np.zeros(NUM_GROUPS)
+        self._loss_by_group = np.zeros(NUM_GROUPS)
         self._prob_by_slice = np.zeros(num_slices)
         self._prob_by_bin = np.zeros(len(bins))
 
@@ -79,9 +100,9 @@ class Tally:
         """
         fine = self.bins.of(score)
         coarse = self.bins.coarse[fine]
-        self.rows_by_group += np.bincount(group, minlength=NUM_GROUPS)
+        self._rows_by_group += np.bincount(group, minlength=NUM_GROUPS)
         if self.is_prob:
-            self.loss_by_group += np.bincount(group, row_log_loss(label, score), NUM_GROUPS)
+            self._loss_by_group += np.bincount(group, row_log_loss(label, score), NUM_GROUPS)
             self._prob_by_bin += np.bincount(fine, score, len(self.bins))
         for number in (np.zeros(len(label), np.int64), *slices):
             kept = slice(None) if number.min(initial=0) >= 0 else number >= 0
@@ -93,42 +114,57 @@ class Tally:
             if self.is_prob:
                 self._prob_by_slice += np.bincount(of, score[kept], len(self._prob_by_slice))
 
-    def label_rows(self, number: int = 0) -> tuple[int, int]:
-        """Negatives and positives of a slice."""
-        negatives, positives = self._fine[number].sum(axis=0, dtype=np.int64).tolist()
-        return negatives, positives
+    @property
+    def occupied(self) -> np.ndarray:
+        """(G,) bool: groups that have rows."""
+        return self._rows_by_group > 0
+
+    def score(self, weights: np.ndarray) -> Score:
+        """
+        Args:
+            weights: (R, G) from group_weights.
+        """
+        numbers = range(len(self._fine))
+        rows = self._rows_by_group.sum()
+        return Score(
+            label_rows=[self._label_rows(number) for number in numbers],
+            auc=[self.auc(number) for number in numbers],
+            auc_error=[self._auc_error(number) for number in numbers],
+            auc_resamples=np.stack([self._auc_resamples(weights, number) for number in numbers]),
+            calibration=[self._calibration(number) for number in numbers],
+            log_loss=float(self._loss_by_group.sum() / rows) if rows else None,
+            log_loss_resamples=ratio_resamples(self._loss_by_group, self._rows_by_group, weights),
+            reliability=self._reliability(),
+        )
 
     def auc(self, number: int = 0) -> float | None:
         """Of a slice; None without both labels."""
         value = float(binned_auc(self._fine[number]))
         return None if np.isnan(value) else value
 
-    def auc_error(self, number: int = 0) -> float:
-        """Most that `auc` can differ from the AUC of the unbinned scores; 0: it is exact."""
+    def _label_rows(self, number: int) -> tuple[int, int]:
+        negatives, positives = self._fine[number].sum(axis=0, dtype=np.int64).tolist()
+        return negatives, positives
+
+    def _auc_error(self, number: int) -> float:
+        """Half of the pairs of both labels that share a bin of several scores, as a part of all pairs."""
         several = self._fine[number][~self.bins.single].astype(np.float64)
-        negatives, positives = self.label_rows(number)
+        negatives, positives = self._label_rows(number)
         return float(several.prod(axis=1).sum() / 2 / max(1, negatives * positives))
 
-    def auc_resamples(self, weights: np.ndarray, number: int = 0) -> np.ndarray:
-        """(R,) AUC of every resample of a slice.
-
-        From coarse bins, moved by what these take from the AUC of all rows: a bin's own order hardly varies.
-        """
+    def _auc_resamples(self, weights: np.ndarray, number: int) -> np.ndarray:
+        """From coarse bins, moved by what these take from the AUC of all rows: a bin's own order hardly varies."""
         counts = self._grouped[number]
         coarse = binned_auc(counts.sum(axis=0, dtype=np.int64))
+        if np.isnan(coarse):
+            return np.full(len(weights), np.nan)
         return auc_resamples(counts, weights) + (binned_auc(self._fine[number]) - coarse)
 
-    def log_loss(self) -> float | None:
-        """Mean over rows in nats."""
-        rows = self.rows_by_group.sum()
-        return float(self.loss_by_group.sum() / rows) if rows else None
-
-    def calibration(self, number: int = 0) -> float | None:
-        """Sum of probabilities over the number of positives of a slice; 1 is calibrated, None without positives."""
-        _, positives = self.label_rows(number)
+    def _calibration(self, number: int) -> float | None:
+        _, positives = self._label_rows(number)
         return float(self._prob_by_slice[number] / positives) if positives else None
 
-    def reliability(self) -> dict[str, Any]:
+    def _reliability(self) -> dict[str, Any]:
         """Mean probability and share of positives in ten bins of about equal numbers of rows, lowest first, and the mean
         distance of the two over rows (expected calibration error)."""
         rows = self._fine[0].sum(axis=1, dtype=np.int64)

@@ -102,13 +102,11 @@ def test_a_slice_holds_the_rows_of_its_items(data: Rows, tmp_path: Path) -> None
 def test_a_coarse_histogram_keeps_the_auc_within_its_stated_error(data: Rows, tmp_path: Path, max_bins: int) -> None:
     comparison = _comparison(data, tmp_path, max_bins=max_bins)
     for name, score in (("a-mim", data.prob), ("a-base", data.noisy), ("popularity", data.popularity)):
-        tally = comparison.tallies[name]
-        error = tally.auc_error()
-        value = tally.auc()
+        value, error = comparison.scores[name].auc[0], comparison.scores[name].auc_error[0]
         assert value is not None
         assert abs(value - auc(data.label, score)) <= error + 1e-12
         assert error < 0.6 / max_bins
-    assert comparison.tallies["popularity"].auc_error() == 0.0  # four values: each has its bin
+    assert comparison.scores["popularity"].auc_error[0] == 0.0  # four values: each has its bin
 
 
 def test_frequent_scores_have_bins_of_their_own_in_a_sample() -> None:
@@ -123,9 +121,9 @@ def test_frequent_scores_have_bins_of_their_own_in_a_sample() -> None:
 
 def test_intervals_are_those_of_resampling_the_rows_of_whole_users(data: Rows, tmp_path: Path) -> None:
     comparison = _comparison(data, tmp_path)
-    drawn = comparison.tallies["a-mim"].auc_resamples(comparison._weights)
+    drawn = comparison.scores["a-mim"].auc_resamples[0]
     groups = user_groups(data.hash)
-    for value, weights in zip(drawn[:20], comparison._weights[:20], strict=True):
+    for value, weights in zip(drawn[:20], comparison.weights[:20], strict=True):
         chosen = np.repeat(np.arange(NUM_ROWS), weights[groups].astype(int))
         assert value == pytest.approx(auc(data.label[chosen], data.prob[chosen]), abs=1e-4)  # the interval is 0.03 wide
     # the width of the interval against users drawn one by one

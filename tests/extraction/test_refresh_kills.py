@@ -135,10 +135,10 @@ def outcome(center: Path) -> list[tuple[Any, ...]]:
     return found
 
 
-def prepared(folder: Path, pool: EncoderPool) -> str:
+def prepared(folder: Path, pool: EncoderPool, feed: bool) -> str:
     """A catalogue of which some was changed, deleted and added after the centers' first refresh."""
     uri = f"{folder}/items"
-    write_deltalake(uri, items_of(100))
+    write_deltalake(uri, items_of(100), configuration={"delta.enableChangeDataFeed": "true" if feed else "false"})
     for name in ("undisturbed", "killed"):
         refresh(uri, folder / name, 4_096, pool)
     DeltaTable(uri).delete("item_id in ('item-1', 'item-2')")
@@ -151,7 +151,7 @@ def prepared(folder: Path, pool: EncoderPool) -> str:
 def test_a_refresh_killed_between_its_commits_and_again_at_its_end_equals_an_undisturbed_one(
     tmp_path: Path, pool: EncoderPool
 ) -> None:
-    uri = prepared(tmp_path, pool)
+    uri = prepared(tmp_path, pool, feed=True)
     refresh(uri, tmp_path / "undisturbed", 10, pool)
     assert killed(uri, tmp_path / "killed", 10, "commit")
     before = EmbeddingTable(f"{tmp_path}/killed/table").committed_shards("v1")
@@ -162,13 +162,14 @@ def test_a_refresh_killed_between_its_commits_and_again_at_its_end_equals_an_und
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("warm_rows", [10, 4_096])
+@pytest.mark.parametrize(("warm_rows", "feed"), [(10, False), (4_096, False), (10, True), (4_096, True)])
 def test_a_refresh_killed_at_any_step_and_moment_equals_an_undisturbed_one(
-    tmp_path: Path, pool: EncoderPool, warm_rows: int
+    tmp_path: Path, pool: EncoderPool, warm_rows: int, feed: bool
 ) -> None:
-    uri = prepared(tmp_path, pool)
+    uri = prepared(tmp_path, pool, feed)
     refresh(uri, tmp_path / "undisturbed", warm_rows, pool)
-    steps = ("PackWriter", "find_changes", "write_deletions", "commit", "write_rejects", "build_snapshot", "state")
+    find = "find_feed_changes" if feed else "find_changes"
+    steps = ("PackWriter", find, "write_deletions", "commit", "write_rejects", "build_snapshot", "state")
     assert sum(killed(uri, tmp_path / "killed", warm_rows, step) for step in steps) >= 4
     moments = random.Random(0)
     for _ in range(int(os.environ.get("KILLS", "3"))):

@@ -14,7 +14,7 @@ from mim_ray.pipeline.report import page, plots
 from mim_ray.pipeline.report.neighbors import NeighborFigure, neighbor_figure
 from mim_ray.runtime.progress import format_seconds
 
-NAMES = {"sim": "SIM", "din": "DIN", "average": "average pooling"}
+NAMES = {"sim": "SIM", "din": "DIN", "dien": "DIEN", "bst": "BST", "twin": "TWIN", "average": "average pooling"}
 
 
 def build(
