@@ -22,21 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from efficiency_cases import MODES, PHASES, Case, flops_per_sample, peak_memory
-from measuring import MEGABYTE, machine
+from measuring import machine
 
-from mim_ray.config import Scenario, load_scenario
+from mim_ray.config import load_scenario
+from mim_ray.pipeline.efficiency import MODES, PHASES, TITLES, measure
+from mim_ray.pipeline.reproduce import paper
 
-TITLES = {
-    "base": "base",
-    "mim": "+MIM",
-    "no_center": "+MIM without the representation center",
-    "end_to_end": "+MIM end to end",
-}
-PAPER_GFLOPS = {"base": (0.114, 0.31), "mim": (0.182, 0.43), "no_center": (240.0, 240.0), "end_to_end": (720.0, 240.0)}
-"""Table 6, train and inference, per sample."""
-PAPER_MEMORY = {"mim": (0.01, 0.19)}
-"""What +MIM adds to the GPU memory of base, as a part of it; the other cells cannot be read."""
 GOALS = {"train": 1.59, "inference": 1.387}
 """Highest welcome FLOPs of +MIM over base: the paper's."""
 
@@ -62,28 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(scenario: Scenario, backbone: str, batch: int, device: str, threads: int) -> dict[str, Any]:
-    """All cells of the table, and the ratios."""
-    rows: dict[str, Any] = {}
-    for mode in MODES:
-        case = Case(scenario, backbone, mode, device)
-        rows[mode] = {
-            "gflops": {phase: flops_per_sample(case, phase) / 1e9 for phase in PHASES},
-            "peak_mb": {phase: peak_memory(case, phase, batch, threads) / MEGABYTE for phase in PHASES},
-        }
-    ratio = {phase: rows["mim"]["gflops"][phase] / rows["base"]["gflops"][phase] for phase in PHASES}
-    return {
-        "scenario": scenario.name,
-        "backbone": backbone,
-        "num_behaviors": scenario.ciubm.max_behaviors,
-        "content_width": scenario.encoders.width,
-        "memory_batch": batch,
-        "device": device if device == "cpu" else torch.cuda.get_device_name(),
-        "rows": rows,
-        "mim_over_base_flops": {phase: round(value, 4) for phase, value in ratio.items()},
-    }
-
-
 def lines(report: dict[str, Any]) -> list[str]:
     """The table as text, the paper's figures beside ours."""
     header = f"{'':40}{'GFLOPs per sample, train':>26}{'paper':>8}{'inference':>12}{'paper':>8}"
@@ -95,9 +64,9 @@ def lines(report: dict[str, Any]) -> list[str]:
     for mode in MODES:
         row = report["rows"][mode]
         text = f"{TITLES[mode]:40}"
-        for phase, width, paper in zip(PHASES, (26, 12), PAPER_GFLOPS[mode], strict=True):
-            text += f"{row['gflops'][phase]:>{width}.6f}{paper:>8g}"
-        for phase, width, added in zip(PHASES, (14, 12), PAPER_MEMORY.get(mode, (None, None)), strict=True):
+        for phase, width, theirs in zip(PHASES, (26, 12), paper.TABLE_6_GFLOPS[mode], strict=True):
+            text += f"{row['gflops'][phase]:>{width}.6f}{theirs:>8g}"
+        for phase, width, added in zip(PHASES, (14, 12), paper.TABLE_6_MEMORY.get(mode, (None, None)), strict=True):
             text += f"{row['peak_mb'][phase]:>{width}.1f}{'—' if added is None else f'+{added:g}×':>8}"
         shown.append(text)
     for phase, goal in GOALS.items():

@@ -31,6 +31,17 @@ TABLE_5: dict[str, float] = {
 }
 """AUC without the named part."""
 
+TABLE_6_GFLOPS: dict[str, tuple[float, float]] = {
+    "base": (0.114, 0.31),
+    "mim": (0.182, 0.43),
+    "no_center": (240.0, 240.0),
+    "end_to_end": (720.0, 240.0),
+}
+"""Per sample, train and inference."""
+
+TABLE_6_MEMORY: dict[str, tuple[float, float]] = {"mim": (0.01, 0.19)}
+"""What +MIM adds to the GPU memory of base, as a part of it; the other cells cannot be read."""
+
 TABLE_7: dict[str, float] = {
     "all": 0.0038,
     "Home Decoration": 0.0047,

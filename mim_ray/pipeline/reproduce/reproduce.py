@@ -15,7 +15,7 @@ from mim_ray.pipeline.reproduce.experiments import DEFAULT, Plan, make_plan
 from mim_ray.pipeline.reproduce.pages import Pages
 from mim_ray.pipeline.reproduce.run import Results, reproduce_root, run_experiments
 from mim_ray.pipeline.reproduce.statistics import data_table
-from mim_ray.pipeline.reproduce.tables import Table, auc_table, exchange_rate, slice_table, text
+from mim_ray.pipeline.reproduce.tables import Table, auc_table, efficiency_table, exchange_rate, slice_table, text
 
 TITLES = {
     2: "Table 2: base and + MIM around each user behavior model",
@@ -57,8 +57,9 @@ def reproduce(
     )
     for sentence in plan.skipped:
         print(sentence)
+    efficiency = efficiency_table(scenario, backbone) if 6 in tables else None
     results = run_experiments(scenario, plan, num_seeds)
-    pages = _pages(scenario, plan, results, tables, figures)
+    pages = _pages(scenario, plan, results, tables, figures, efficiency)
     root = reproduce_root(scenario)
     artifacts.write_bytes(f"{root}/tables.md", pages.markdown().encode())
     artifacts.write_bytes(f"{root}/tables.html", pages.html().encode())
@@ -69,11 +70,20 @@ def reproduce(
     return pages
 
 
-def _pages(scenario: Scenario, plan: Plan, results: Results, tables: Sequence[int], figures: Sequence[int]) -> Pages:
+def _pages(
+    scenario: Scenario,
+    plan: Plan,
+    results: Results,
+    tables: Sequence[int],
+    figures: Sequence[int],
+    efficiency: Table | None,
+) -> Pages:
     found: list[Table] = [data_table(results.samples)] if 1 in tables else []
     for number, title in TITLES.items():
         if number in tables:
             found.append(auc_table(title, plan.rows[str(number)], results, _note(number)))
+    if efficiency is not None:
+        found.append(efficiency)
     if 7 in tables:
         found.append(
             slice_table(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
+from mim_ray.config import Scenario
 from mim_ray.evaluation.bootstrap import Estimate
 from mim_ray.evaluation.seeds import mean_interval
+from mim_ray.pipeline.efficiency import PHASES, TITLES, measure
 from mim_ray.pipeline.reproduce import paper
 from mim_ray.pipeline.reproduce.experiments import DEFAULT, Plan, Row
 from mim_ray.pipeline.reproduce.run import Results
@@ -104,6 +108,31 @@ def slice_table(title: str, kind: str, key: str, plan: Plan, results: Results, n
         if gain.value is not None:
             gains.append((f"{name} ({num_rows:,})", gain))
     return Table(title, note, [key, "test rows", base, mim, "difference", "paper: difference"], rows, gains)
+
+
+def efficiency_table(scenario: Scenario, backbone: str, num_rows: int = 16) -> Table:
+    """Table 6: what content costs with and without the representation center; measured in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        report = pool.submit(measure, scenario, backbone, num_rows, "cpu", 1).result()
+    rows = []
+    for mode, title in TITLES.items():
+        found, memory = report["rows"][mode], paper.TABLE_6_MEMORY.get(mode)
+        cells = [title]
+        for number, phase in enumerate(PHASES):
+            cells += [f"{found['gflops'][phase]:.6f}", f"{paper.TABLE_6_GFLOPS[mode][number]:g}"]
+        for number, phase in enumerate(PHASES):
+            cells += [f"{found['peak_mb'][phase]:.1f}", "—" if memory is None else f"+{memory[number]:g}×"]
+        rows.append(cells)
+    ratio = report["mim_over_base_flops"]
+    note = (
+        f"Per sample of {report['num_behaviors']} behaviors, MM width {report['content_width']}; peak memory of {num_rows} rows on a "
+        f"CPU. +MIM needs {ratio['train']:.2f} times the FLOPs of base in training, {ratio['inference']:.2f} times in inference "
+        "(the paper: 1.59, 1.387)."
+    )
+    header = [""]
+    header += [cell for phase in PHASES for cell in (f"GFLOPs, {phase}", "paper")]
+    header += [cell for phase in PHASES for cell in (f"MB, {phase}", "paper: more than base")]
+    return Table("Table 6: efficiency", note, header, rows)
 
 
 def exchange_rate(plan: Plan, results: Results) -> list[tuple[str, float, float]]:

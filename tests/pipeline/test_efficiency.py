@@ -1,4 +1,4 @@
-"""benchmarks/efficiency.py: FLOPs against sums by hand, and the printed table."""
+"""Table 6: FLOPs against sums by hand, and the table that benchmarks/efficiency.py prints."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim_ray.config import load_scenario
+from mim_ray.pipeline.efficiency import MODES, Case, _convolution_backward, flops_per_sample
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SMALL = (
@@ -24,16 +25,14 @@ SMALL = (
 
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
-    return {name: __import__(name) for name in ("measuring", "efficiency_cases", "efficiency")}
+    return __import__("efficiency")
 
 
-def test_content_costs_its_products_and_the_wider_first_layer(modules: dict[str, ModuleType]) -> None:
-    cases, scenario = modules["efficiency_cases"], load_scenario("tiny", SMALL)
-    base, mim = (
-        cases.flops_per_sample(cases.Case(scenario, "average", mode, "cpu"), "inference") for mode in ("base", "mim")
-    )
+def test_content_costs_its_products_and_the_wider_first_layer() -> None:
+    scenario = load_scenario("tiny", SMALL)
+    base, mim = (flops_per_sample(Case(scenario, "average", mode, "cpu"), "inference") for mode in ("base", "mim"))
     length, width, id_width, hidden = 5, 4, 6, 8
     similarities = 2 * length * width
     sums = 2 * length * (width + id_width)
@@ -41,10 +40,8 @@ def test_content_costs_its_products_and_the_wider_first_layer(modules: dict[str,
     assert mim - base == similarities + sums + first_layer
 
 
-def test_the_backward_pass_of_a_depthwise_convolution_costs_twice_its_forward_pass(
-    modules: dict[str, ModuleType],
-) -> None:
-    known = {torch.ops.aten.convolution_backward: modules["efficiency_cases"]._convolution_backward}
+def test_the_backward_pass_of_a_depthwise_convolution_costs_twice_its_forward_pass() -> None:
+    known = {torch.ops.aten.convolution_backward: _convolution_backward}
     layer = nn.Conv2d(6, 6, 3, padding=1, groups=6)
     pixels = torch.zeros(2, 6, 8, 8, requires_grad=True)
     with FlopCounterMode(display=False, custom_mapping=known) as forward:
@@ -56,7 +53,7 @@ def test_the_backward_pass_of_a_depthwise_convolution_costs_twice_its_forward_pa
 
 
 def test_the_table_has_the_papers_figures_beside_ours_and_a_dash_for_what_cannot_be_read(
-    modules: dict[str, ModuleType],
+    benchmark: ModuleType,
 ) -> None:
     cells = {phase: 1.5 for phase in ("train", "inference")}
     report = {
@@ -66,10 +63,10 @@ def test_the_table_has_the_papers_figures_beside_ours_and_a_dash_for_what_cannot
         "content_width": 32,
         "memory_batch": 16,
         "device": "cpu",
-        "rows": {mode: {"gflops": cells, "peak_mb": cells} for mode in modules["efficiency_cases"].MODES},
+        "rows": {mode: {"gflops": cells, "peak_mb": cells} for mode in MODES},
         "mim_over_base_flops": {"train": 1.2, "inference": 1.3},
     }
-    text = modules["efficiency"].lines(report)
+    text = benchmark.lines(report)
     by_title = {line[:40].strip(): line[40:].split() for line in text[2:6]}
     assert by_title["base"] == ["1.500000", "0.114", "1.500000", "0.31", "1.5", "—", "1.5", "—"]
     assert by_title["+MIM"][-3:] == ["+0.01×", "1.5", "+0.19×"]

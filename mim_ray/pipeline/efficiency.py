@@ -1,4 +1,9 @@
-"""One cell of Table 6: a training step or a prediction in one of the four modes, its FLOPs and its peak memory."""
+"""The cells of the paper's Table 6: a training step or a prediction in one of four modes, its FLOPs and its peak memory.
+
+Base; +MIM, whose MM embeddings lie ready (the representation center); +MIM whose frozen encoders embed the target and every
+behavior of every sample; and end to end, where the CTR loss also trains the encoders. Weights and data are random: neither
+changes what a step costs.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +25,20 @@ from mim_ray.ciubm.train import network_config
 from mim_ray.config import Scenario
 from mim_ray.encoders.item_encoder import ItemEncoder
 from mim_ray.encoders.tokenizer import train_tokenizer
+from mim_ray.errors import ConfigError
 
 Mode = Literal["base", "mim", "no_center", "end_to_end"]
 Phase = Literal["train", "inference"]
 MODES: Sequence[Mode] = ("base", "mim", "no_center", "end_to_end")
 PHASES: Sequence[Phase] = ("train", "inference")
 _FLOPS_ROWS = 2
+MEGABYTE = 2**20
+TITLES = {
+    "base": "base",
+    "mim": "+MIM",
+    "no_center": "+MIM without the representation center",
+    "end_to_end": "+MIM end to end",
+}
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,28 @@ class Step:
         return batch._replace(target_mm=items[:, 0], behavior_mm=items[:, 1:])
 
 
+def measure(scenario: Scenario, backbone: str, batch: int, device: str, threads: int) -> dict[str, Any]:
+    """All cells of the table, and the ratios."""
+    rows: dict[str, Any] = {}
+    for mode in MODES:
+        case = Case(scenario, backbone, mode, device)
+        rows[mode] = {
+            "gflops": {phase: flops_per_sample(case, phase) / 1e9 for phase in PHASES},
+            "peak_mb": {phase: peak_memory(case, phase, batch, threads) / MEGABYTE for phase in PHASES},
+        }
+    ratio = {phase: rows["mim"]["gflops"][phase] / rows["base"]["gflops"][phase] for phase in PHASES}
+    return {
+        "scenario": scenario.name,
+        "backbone": backbone,
+        "num_behaviors": scenario.ciubm.max_behaviors,
+        "content_width": scenario.encoders.width,
+        "memory_batch": batch,
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "rows": rows,
+        "mim_over_base_flops": {phase: round(value, 4) for phase, value in ratio.items()},
+    }
+
+
 def flops_per_sample(case: Case, phase: Phase) -> float:
     """Multiplications and additions of matrix products and convolutions, by PyTorch's counter, of one row.
 
@@ -167,7 +202,7 @@ def peak_memory(case: Case, phase: Phase, num_rows: int, threads: int) -> int:
         text = answer.read()
     _, status = os.waitpid(child, 0)
     if status:
-        raise SystemExit(
+        raise ConfigError(
             f"Measuring {phase} of {case.mode} with {num_rows} rows ended with status {status} (9: out of memory). "
             "Give a smaller --batch."
         )
