@@ -1,7 +1,7 @@
 """Incremental training: go on from an earlier model on what has happened since.
 
 What the earlier model knows keeps its place: items, users and categories their rows, the network its weights, the optimizers
-their state. New ids get seeded rows behind the old ones. Only train rows that are later than the earlier model's are trained
+their state. New ids get rows behind the old ones that start as the unknown row. Only train rows that are later than the earlier model's are trained
 on; they are copied below the run's train/ so that batches stay a function of (seed, epoch, step, rank, P).
 
 Point in time: the earlier model must not have seen what the later one is judged on. Its train rows have to end before the
@@ -11,13 +11,15 @@ later validation begins, and its validation rows (they chose its best state) bef
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from mim_ray import artifacts
 from mim_ray.ciubm.model import NetworkConfig
@@ -130,6 +132,24 @@ class Earlier:
                     f"{_text(before[1])}. Build samples with later samples.validation_start and samples.test_start."
                 )
         return int(seen["train"][1])
+
+
+def grown_state(state: Mapping[str, Tensor], num_rows: Mapping[str, int]) -> dict[str, Tensor]:
+    """A trainer's state whose tables have `num_rows` by name.
+
+    New rows start as the unknown row 0, which id_dropout has trained to stand for items like them, with zero optimizer
+    state. (On films' ratings, a day's training ends 0.01 AUC higher than from random rows: docs/training.md.)
+    """
+    grown = dict(state)
+    for name, rows in num_rows.items():
+        weight = state[f"tables/{name}"]
+        more = rows - len(weight)
+        if more > 0:
+            grown[f"tables/{name}"] = torch.cat([weight, weight[:1].expand(more, -1)])
+            for key, slot in state.items():
+                if key.startswith(f"table_optimizer/{name}.") and slot.ndim > 0:
+                    grown[key] = torch.cat([slot, slot.new_zeros(more, *slot.shape[1:])])
+    return grown
 
 
 def times_of(samples: str) -> dict[str, list[int] | None]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mim_ray import artifacts
+from mim_ray.ciubm.continuing import grown_state
 from mim_ray.ciubm.dataset import ImpressionEncoder, IndexedBatch, count_input, gather_batch
 from mim_ray.ciubm.model import CtrNetwork, NetworkConfig
 from mim_ray.ciubm.tables import create_tables
@@ -133,8 +134,7 @@ class Trainer:
 
     def go_on(self, state: dict[str, Tensor]) -> None:
         """Begin with what `state` gave of an earlier training; the tables grow to this one's vocabularies."""
-        self._load(state)
-        self.tables.grow(self.num_rows, seed=self.seed)
+        self._load(grown_state(state, self.num_rows))
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one; with another number of workers as nearly as that allows."""
