@@ -25,7 +25,7 @@ from mim_ray.evaluation.rows import Columns
 
 CHUNK = 500_000
 NUM_ITEMS, NUM_SLICES = 100_000, 54
-LIMIT_MB = 1_000
+LIMIT_MB = 700
 
 
 def main() -> int:

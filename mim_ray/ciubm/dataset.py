@@ -16,7 +16,7 @@ from torch.nn.functional import embedding
 
 from mim_ray.ciubm.features import FeatureBatch, Features, table_name
 from mim_ray.ciubm.model import EmbeddedBatch
-from mim_ray.ciubm.tables import Tables
+from mim_ray.ciubm.tables import Lookup
 from mim_ray.ciubm.tables.hand_out import hand_out
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 from mim_ray.data.event_log import UNKNOWN_TIME, times_us
@@ -41,6 +41,7 @@ class IndexedBatch:
         features: the declared ones; None when there are none.
         query_mm: (Q, D) vectors of the batch's distinct queries; the last is zero. query: (B,) places among them. None
             where queries are not used.
+        known: (U,) bool, False for ids that are not in the catalogue; None where nobody counts them.
     """
 
     user: Tensor
@@ -55,6 +56,7 @@ class IndexedBatch:
     features: FeatureBatch | None = None
     query_mm: Tensor | None = None
     query: Tensor | None = None
+    known: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.target)
@@ -130,7 +132,7 @@ class ImpressionEncoder:
         behaviors = np.zeros((size, longest), np.int64)
         behaviors[mask] = place[size:][_places(start, length)]
         target, user = place[:size], self._users(table)
-        item_row = self.items.table_row[position]
+        item_row = np.append(self.items.rows(met.dictionary, position[:-1]), 0)
         without_features = None
         if id_dropout > 0 and generator is not None:
             dropped = np.flatnonzero(generator.random(size) < id_dropout)
@@ -156,6 +158,7 @@ class ImpressionEncoder:
             features=self.features.encode(table, without_features),
             query_mm=query_mm,
             query=query,
+            known=torch.from_numpy(position > 0),
         )
 
     def _ages(self, table: pa.Table, length: np.ndarray, mask: np.ndarray) -> Tensor | None:
@@ -189,7 +192,23 @@ class ImpressionEncoder:
         return rows[np.asarray(met.indices.fill_null(len(rows) - 1))]
 
 
-def gather_batch(batch: IndexedBatch, tables: Tables, *, train: bool = False) -> EmbeddedBatch:
+def count_input(batch: IndexedBatch) -> dict[str, int]:
+    """How many targets and behaviors a batch has, of them unknown to the catalogue, and known but without content.
+
+    They train all the same: by the unknown item's embedding, and by the zero vector as content.
+    """
+    assert batch.known is not None
+    missing = ~batch.known
+    bare = torch.zeros_like(missing) if batch.mm is None else batch.known & (batch.mm == 0).all(dim=1)
+    counts = {}
+    for name, places in (("targets", batch.target), ("behaviors", batch.behaviors[batch.behavior_mask])):
+        counts[name] = len(places)
+        counts[f"unknown_{name}"] = int(missing[places].sum())
+        counts[f"{name}_without_content"] = int(bare[places].sum())
+    return counts
+
+
+def gather_batch(batch: IndexedBatch, tables: Lookup, *, train: bool = False) -> EmbeddedBatch:
     """Look the batch's ID embeddings up and hand them out to targets and behaviors."""
     rows = {"item": batch.item_row, "category": batch.category}
     if "user" in tables:

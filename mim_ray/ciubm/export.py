@@ -3,6 +3,7 @@
 ctr/<variant>/ctr.json                   variant, architecture, encoder version, metrics
               vocabulary/                items.arrow, categories.json, users.arrow, features.json, feature.<name>.arrow
               seed-<s>/network.safetensors, tables.safetensors
+                       optimizer.safetensors, for a training that goes on from here; serving does not read it
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import Tensor
 from mim_ray import artifacts
 from mim_ray.ciubm.dataset import IndexedBatch, gather_batch
 from mim_ray.ciubm.features import Features
+from mim_ray.ciubm.machine_export import Machines, MachineTables, network_of
 from mim_ray.ciubm.model import CtrNetwork, NetworkConfig
-from mim_ray.ciubm.tables import IdTables
+from mim_ray.ciubm.tables import IdTables, Lookup
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 from mim_ray.data.event_log import UNKNOWN_TIME
 from mim_ray.errors import ArtifactError, VersionMismatchError
@@ -44,7 +46,7 @@ class Ranker:
         items: ItemIndex,
         users: Vocabulary,
         features: Features,
-        models: Sequence[tuple[CtrNetwork, IdTables]],
+        models: Sequence[tuple[CtrNetwork, Lookup]],
     ) -> None:
         self.info = info
         self.variant: str = info["variant"]
@@ -100,7 +102,7 @@ class Ranker:
         places[:, :num_behaviors] = np.arange(num_behaviors)
         batch = IndexedBatch(
             user=torch.from_numpy(np.repeat(self.users.encode([user_id]), num_candidates)),
-            item_row=torch.from_numpy(self.items.table_row[position]),
+            item_row=torch.from_numpy(self.items.rows(ids, position)),
             category=torch.from_numpy(category),
             mm=None if mm is None else torch.from_numpy(mm),
             target=torch.arange(num_behaviors, len(ids)),
@@ -167,17 +169,40 @@ def _nothing(num_rows: int) -> pa.Table:
     return pa.table({"": pa.nulls(num_rows)})
 
 
-def save_model(uri: str, network: CtrNetwork, tables: Mapping[str, Tensor]) -> None:
-    """Write one seed's network and the weights of its tables below `uri`."""
-    artifacts.write_tensors(f"{uri}/tables.safetensors", tables)
-    artifacts.write_tensors(f"{uri}/network.safetensors", network.state_dict())
+def save_model(uri: str, state: Mapping[str, Tensor]) -> None:
+    """Write one seed's state below `uri`: tensors called network/… and tables/… (what serving reads), and optimizers."""
+    parts: dict[str, dict[str, Tensor]] = {"network": {}, "tables": {}, "optimizer": {}}
+    for name, tensor in state.items():
+        part, _, rest = name.partition("/")
+        if part in ("network", "tables"):
+            parts[part][rest] = tensor
+        else:
+            parts["optimizer"][name] = tensor
+    for part, tensors in parts.items():
+        if tensors:
+            artifacts.write_tensors(f"{uri}/{part}.safetensors", tensors)
 
 
-def load_ranker(uri: str, *, encoder_version: str | None = None) -> Ranker:
+def load_state(uri: str) -> dict[str, Tensor]:
+    """All that `save_model` was given.
+
+    Raises:
+        ArtifactError: missing or damaged.
+    """
+    state = artifacts.read_tensors(f"{uri}/optimizer.safetensors")
+    for part in ("network", "tables"):
+        state |= {
+            f"{part}/{name}": tensor for name, tensor in artifacts.read_tensors(f"{uri}/{part}.safetensors").items()
+        }
+    return state
+
+
+def load_ranker(uri: str, *, encoder_version: str | None = None, machines: Machines | None = None) -> Ranker:
     """The CTR model at `uri` (ctr/<variant>).
 
     Args:
         encoder_version: of the embeddings that will be looked up, to be compared with the model's; None: no comparison.
+        machines: read ID tables and networks there (machine_export.py) instead of from files.
 
     Raises:
         ArtifactError: missing or damaged.
@@ -195,13 +220,21 @@ def load_ranker(uri: str, *, encoder_version: str | None = None) -> Ranker:
     config = NetworkConfig.from_json(info["network"])
     if features.context_width(info["id_dim"]) != config.context_width:
         raise ArtifactError(f"{uri}/vocabulary/features.json does not fit ctr.json. Train it again.")
+    names = {"item", "category", *features.num_table_rows} | ({"user"} if config.user_width else set())
     models = []
     for seed in info["seeds"]:
         network = CtrNetwork(config)
+        folder = f"{uri}/seed-{seed}"
+        tables: Lookup
+        if machines is None:
+            weights = artifacts.read_tensors(f"{folder}/network.safetensors")
+            tables = IdTables.from_state(artifacts.read_tensors(f"{folder}/tables.safetensors"))
+        else:
+            weights = network_of(machines, seed)
+            tables = MachineTables(machines, seed, names)
         try:
-            network.load_state_dict(artifacts.read_tensors(f"{uri}/seed-{seed}/network.safetensors"))
+            network.load_state_dict(weights)
         except RuntimeError as error:
-            raise ArtifactError(f"{uri}/seed-{seed} does not fit ctr.json ({error}). Train it again.") from None
-        tables = IdTables.from_state(artifacts.read_tensors(f"{uri}/seed-{seed}/tables.safetensors"))
+            raise ArtifactError(f"{folder} does not fit ctr.json ({error}). Train it again.") from None
         models.append((network.eval(), tables))
     return Ranker(info, items, users, features, models)

@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from mim_ray import artifacts
+from mim_ray.ciubm.continuing import Earlier, copy_later_rows, times_of
 from mim_ray.ciubm.dataset import Content, ImpressionEncoder
-from mim_ray.ciubm.export import save_model
+from mim_ray.ciubm.export import load_state, save_model
 from mim_ray.ciubm.features import Features
 from mim_ray.ciubm.model import NetworkConfig
 from mim_ray.ciubm.trainer import Trainer
@@ -35,14 +36,16 @@ def run(
 ) -> StageResult:
     """Train `variant` (BACKBONE-base, -mim or -style) and leave it at `output`, as ciubm/export.py describes.
 
-    An interrupted run goes on from what it left in `output` when it is called again.
+    An interrupted run goes on from what it left in `output` when it is called again. With ciubm.continue_from it begins
+    with an earlier model and trains on later rows only (continuing.py).
 
     Args:
         samples: URI of the samples. snapshot: URI of the embeddings behind Eqs. 7-9, None for base.
         queries: URI of the vectors by query id, of the same encoder; None where there are none.
 
     Raises:
-        ArtifactError: content is asked for and there is no snapshot.
+        ArtifactError: content is asked for and there is no snapshot; or the earlier model does not fit.
+        VersionMismatchError: the earlier model is of another encoder version.
         NonFiniteLossError: training diverged.
         ConfigError: declared features that cannot be meant.
         DataError: there are no training rows, they have labels other than 0 and 1, or they lack the times or queries that
@@ -56,13 +59,26 @@ def run(
     vocabularies = Vocabularies.load(f"{output}/vocabulary")
     goes_on = vocabularies is not None
     opened = None if content == "base" or snapshot is None else _opened(snapshot, owner if goes_on else None)
+    earlier = (
+        None
+        if settings.continue_from is None
+        else Earlier.open(artifacts.absolute_uri(settings.continue_from), variant)
+    )
+    times = times_of(samples)
+    rows = f"{samples}/impressions/train"
+    if earlier is not None:
+        names = [feature.name for feature in scenario.data.features]
+        earlier.check(settings, names, None if opened is None else opened.encoder_version)
+        rows = _later_rows(rows, earlier.check_times(times, samples), f"{output}/train/rows")
     if vocabularies is None:
         check_features(scenario)
         vocabularies = build_vocabularies(
             samples,
             min_item_count=settings.min_item_count,
+            hash_rows=settings.num_hash_rows,
             declared=scenario.data.features,
             transforms=settings.features,
+            earlier=None if earlier is None else earlier.vocabularies,
         )
         vocabularies.save(f"{output}/vocabulary")
     items, users, features = vocabularies.items, vocabularies.users, vocabularies.features
@@ -78,10 +94,14 @@ def run(
         query_interest=settings.query_interest and content == "mim",
         query_width=asked.width if asked is not None and settings.query_vector else 0,
     )
+    if earlier is not None:
+        earlier.check_network(network)
     config = {
         "settings": settings.model_dump(mode="json"),
         "network": network.to_json(),
         "samples": samples,
+        "rows": rows,
+        "earlier": None if earlier is None else earlier.uri,
         "snapshot": None if opened is None else opened.uri,
         "queries": None if asked is None else asked.line,
         "output": output,
@@ -112,20 +132,25 @@ def run(
         "max_behaviors": settings.max_behaviors,
         "id_dim": settings.id_dim,
         "seeds": list(settings.seeds),
+        "table_optimizer": settings.table_optimizer,
+        "times": times,
+        "continued_from": config["earlier"],
         "metrics": metrics,
     }
     artifacts.write_json(f"{output}/ctr.json", info)
     artifacts.remove(f"{output}/train")
     validation = metrics["validation_auc"]
-    rows = [
+    lines = [
         ("train", f"{metrics['num_train_rows']:,} rows, {metrics['rows_per_s']:,.0f} rows/s"),
         ("tables", f"{items.num_table_rows:,} items, {items.num_category_rows:,} categories, {len(users) + 1:,} users"),
         *([("features", features.describe())] if features.kinds else []),
+        *_input(results[0]["input"], with_content=opened is not None),
         ("content", "none" if opened is None else f"{opened.encoder_version}, width {opened.width}"),
         ("validation AUC", "no rows of both labels" if validation is None else f"{validation:.4f} (mean over seeds)"),
         *_stopped(results),
+        *([] if earlier is None else [("goes on from", f"{earlier.uri}, on later rows only")]),
     ]
-    return StageResult(metrics=metrics, rows=rows)
+    return StageResult(metrics=metrics, rows=lines)
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -137,11 +162,13 @@ def train_loop(config: dict[str, Any]) -> None:
         if artifacts.exists(f"{folder}/metrics.json"):
             continue
         trainer = Trainer(config, encoder, seed)
+        if config["earlier"] is not None:
+            trainer.go_on(load_state(f"{config['earlier']}/seed-{seed}"))
         trainer.resume()
         metrics = trainer.fit()
-        weights = trainer.tables.state()
+        state = trainer.state()
         if rank() == 0:
-            save_model(folder, trainer.network, weights)
+            save_model(folder, state)
             artifacts.write_json(f"{folder}/metrics.json", metrics)
             artifacts.remove(trainer.folder)
     report({"finished": True})
@@ -220,6 +247,14 @@ def _opened(snapshot: str, owner: str | None) -> Snapshot:
     return opened if kept in (None, opened.snapshot_id) else Snapshot.open(f"{opened.line}/{kept}")
 
 
+def _later_rows(source: str, after_us: int, target: str) -> str:
+    """The URI `target`, with the rows of `source` that are later than `after_us`; an interrupted attempt's copy is kept."""
+    done = f"{target}.json"
+    if not artifacts.exists(done):
+        artifacts.write_json(done, {"num_rows": copy_later_rows(source, after_us, target)})
+    return target
+
+
 @contextlib.contextmanager
 def _kept(snapshot: Snapshot | None, owner: str) -> Iterator[None]:
     """All workers, restarted ones too, read this one state; refreshes meanwhile neither change nor prune it."""
@@ -229,6 +264,17 @@ def _kept(snapshot: Snapshot | None, owner: str) -> Iterator[None]:
     keep_snapshot(snapshot.line, snapshot.snapshot_id, owner=owner)
     yield  # a job that dies keeps it, for the attempt that goes on
     keep_snapshot(snapshot.line, None, owner=owner)
+
+
+def _input(counts: dict[str, int], *, with_content: bool) -> list[tuple[str, str]]:
+    """A line for targets and one for behaviors that are not all known with their content; the first epoch's counts."""
+    lines = []
+    for name in ("targets", "behaviors"):
+        unknown, bare = counts.get(f"unknown_{name}", 0), counts.get(f"{name}_without_content", 0)
+        if unknown or (bare and with_content):
+            text = f"of {counts[name]:,} {unknown:,} not in the catalogue (trained as the unknown item)"
+            lines.append((name, text + (f", {bare:,} without an embedding (a zero vector)" if with_content else "")))
+    return lines
 
 
 def _stopped(results: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mim_ray import artifacts
-from mim_ray.ciubm.dataset import ImpressionEncoder, IndexedBatch, gather_batch
+from mim_ray.ciubm.continuing import grown_state
+from mim_ray.ciubm.dataset import ImpressionEncoder, IndexedBatch, count_input, gather_batch
 from mim_ray.ciubm.model import CtrNetwork, NetworkConfig
 from mim_ray.ciubm.tables import create_tables
 from mim_ray.config.scenario import Ciubm
@@ -26,6 +27,7 @@ from mim_ray.data.batches import RowBatches, ordered_batches, prefetch
 from mim_ray.evaluation.metrics import auc, log_loss
 from mim_ray.runtime.progress import Progress
 from mim_ray.training import checkpoint
+from mim_ray.training.collect import joined, summed
 from mim_ray.training.optim import average_gradients, check_finite, parameter_groups
 from mim_ray.training.run import rank, world_size
 
@@ -39,7 +41,8 @@ class Course:
     Attributes:
         loss: sum since the last point of the curve. curve: [step, mean loss of rank 0].
         evaluations: on validation, in order. best: place of the best one among them, None before the first.
-        best_state: folder of its weights, None where they were not written.
+        best_state: name of the file with its weights, None where they were not written.
+        input: what this worker's rows of the first epoch hold (dataset.count_input).
     """
 
     step: int = 0
@@ -48,6 +51,7 @@ class Course:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     best: int | None = None
     best_state: str | None = None
+    input: dict[str, int] = field(default_factory=dict)
     steps_per_epoch: int = 0
 
 
@@ -65,7 +69,7 @@ class Trainer:
         self.folder = f"{config['output']}/train/seed-{seed}"
         self.validation = f"{config['samples']}/impressions/validation"
         self.batches = RowBatches(
-            f"{config['samples']}/impressions/train",
+            config["rows"],
             [*encoder.columns, "label"],
             settings.batch_size,
             self.seed,
@@ -76,7 +80,8 @@ class Trainer:
         torch.manual_seed(self.seed)
         self.network = CtrNetwork(NetworkConfig.from_json(config["network"]))
         self.network.start_at(config["positive_ratio"])
-        self.tables = create_tables(settings, encoder.num_table_rows(with_user=settings.use_user_id), self.seed)
+        self.num_rows = encoder.num_table_rows(with_user=settings.use_user_id)
+        self.tables = create_tables(settings, self.num_rows, self.seed)
         groups = parameter_groups(self.network, settings.learning_rate, settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.course = Course(steps_per_epoch=self.batches.steps_per_epoch)
@@ -86,7 +91,7 @@ class Trainer:
 
         Returns:
             loss (curve), evaluations, validation_auc and validation_log_loss of the best, best_step, num_train_rows,
-            steps, planned_steps, and of this attempt rows_per_s and data_wait_ratio.
+            input (counts of the first epoch), steps, planned_steps, and of this attempt rows_per_s and data_wait_ratio.
         """
         settings, course, first = self.settings, self.course, self.course.step
         batches = prefetch(self._encoded(self.batches.steps(self.total, first), first))
@@ -97,6 +102,8 @@ class Trainer:
             asked = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - asked
+            if course.step < self.batches.steps_per_epoch:
+                course.input = {name: course.input.get(name, 0) + more for name, more in count_input(batch).items()}
             course.loss += self._step(batch)
             course.step += 1
             if course.step % every == 0:
@@ -117,12 +124,17 @@ class Trainer:
             "validation_auc": last["auc"],
             "validation_log_loss": last["log_loss"],
             "num_train_rows": self.batches.num_rows,
+            "input": summed(course.input),
             "steps": course.step,
             "planned_steps": self.total,
             "best_step": None if course.best is None else last["step"],
             "rows_per_s": round(self._rows(course.step - first) / seconds),
             "data_wait_ratio": round(waited / seconds, 4),
         }
+
+    def go_on(self, state: dict[str, Tensor]) -> None:
+        """Begin with what `state` gave of an earlier training; the tables grow to this one's vocabularies."""
+        self._load(grown_state(state, self.num_rows))
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one; with another number of workers as nearly as that allows."""
@@ -146,15 +158,7 @@ class Trainer:
                 )
             print(text, flush=True)
 
-    def _save(self) -> None:
-        """A checkpoint. Best states that it does not name are deleted."""
-        checkpoint.save(f"{self.folder}/checkpoints", self.course.step, self._state(), {}, asdict(self.course))
-        if rank() == 0:
-            for uri in artifacts.list_files(f"{self.folder}/best", ".safetensors"):
-                if uri.rpartition("/")[2] != self.course.best_state:
-                    artifacts.remove(uri)
-
-    def _state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """Weights and optimizers. Collective: sharded tables come together."""
         return (
             checkpoint.with_prefix("network", self.network.state_dict())
@@ -162,6 +166,14 @@ class Trainer:
             | checkpoint.with_prefix("tables", self.tables.state())
             | checkpoint.with_prefix("table_optimizer", self.tables.optimizer_state())
         )
+
+    def _save(self) -> None:
+        """A checkpoint. Best states that it does not name are deleted."""
+        checkpoint.save(f"{self.folder}/checkpoints", self.course.step, self.state(), {}, asdict(self.course))
+        if rank() == 0:
+            for uri in artifacts.list_files(f"{self.folder}/best", ".safetensors"):
+                if uri.rpartition("/")[2] != self.course.best_state:
+                    artifacts.remove(uri)
 
     def _load(self, state: dict[str, Tensor]) -> None:
         self.network.load_state_dict(checkpoint.under_prefix("network", state))
@@ -215,7 +227,7 @@ class Trainer:
         course.best, course.best_state = len(course.evaluations) - 1, None
         if course.step < self.total:
             course.best_state = f"{course.step:08d}-of-{world_size()}.safetensors"
-            state = self._state()
+            state = self.state()
             if rank() == 0:
                 artifacts.write_tensors(f"{self.folder}/best/{course.best_state}", state)
 
@@ -228,16 +240,17 @@ class Trainer:
 
     @torch.inference_mode()
     def _judge(self) -> dict[str, Any]:
-        """AUC and log loss on validation; each worker scores its share of the batches."""
+        """AUC and log loss on validation rows with a label of 0 or 1; each worker scores its share of the batches."""
         self.network.eval()
         logits, labels = [torch.zeros(0)], [torch.zeros(0)]
         for table in self._share_of_validation():
             batch = self.encoder.encode(table)
             embedded = gather_batch(batch, self.tables)
             if len(batch) and batch.label is not None:
-                logits.append(self.network(embedded))
-                labels.append(batch.label)
-        logit, label = _joined(torch.cat(logits)).numpy(), _joined(torch.cat(labels)).numpy()
+                judged = (batch.label == 0) | (batch.label == 1)
+                logits.append(self.network(embedded)[judged])
+                labels.append(batch.label[judged])
+        logit, label = joined(torch.cat(logits)).numpy(), joined(torch.cat(labels)).numpy()
         prob = 1.0 / (1.0 + np.exp(-logit.astype(np.float64)))
         return {"auc": auc(label, logit), "log_loss": log_loss(label, prob), "rows": len(label)}
 
@@ -262,15 +275,3 @@ def learning_rate_factor(step: int, total: int) -> float:
     """Constant for the first half, then linear to a tenth."""
     progress = step / max(1, total)
     return 1.0 if progress < 0.5 else 1.0 - 0.9 * (progress - 0.5) / 0.5
-
-
-def _joined(values: Tensor) -> Tensor:
-    """The 1-D tensors of all workers, one after the other."""
-    if world_size() == 1:
-        return values
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(values)]))
-    longest = max(int(size) for size in sizes)
-    padded = [torch.zeros(longest, dtype=values.dtype) for _ in sizes]
-    dist.all_gather(padded, torch.nn.functional.pad(values, (0, longest - len(values))))
-    return torch.cat([part[: int(size)] for part, size in zip(padded, sizes, strict=True)])

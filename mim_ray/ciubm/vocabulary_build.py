@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from mim_ray import artifacts
 from mim_ray.ciubm.feature_learning import learn_features
 from mim_ray.ciubm.features import Features
-from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
+from mim_ray.ciubm.vocabulary import HashedVocabulary, ItemIndex, Vocabulary
 from mim_ray.config.scenario import Feature, FeatureTransform
 from mim_ray.data.batches import ordered_batches
 from mim_ray.data.catalogue import Catalogue
@@ -61,34 +61,47 @@ def build_vocabularies(
     samples: str,
     *,
     min_item_count: int,
+    hash_rows: int | None = None,
     declared: Sequence[Feature] = (),
     transforms: Mapping[str, FeatureTransform] | None = None,
+    earlier: Vocabularies | None = None,
 ) -> Vocabularies:
-    """Items of the catalogue and users of train. An item that train met `min_item_count` times as a target gets a row.
+    """Items of the catalogue, users of train, and the features.
 
     Args:
+        min_item_count: how often an item must be a target in train to get a row of its own.
+        hash_rows: rows that all ids share, of items and of users; None: explicit vocabularies.
+        earlier: whose items, users and categories keep their rows, and whose features stay as they are; it says whether
+            vocabularies are hashed.
         declared, transforms: the features, and the settings of those of them that differ from the defaults.
 
     Raises:
         DataError: train has labels other than 0 and 1.
     """
     catalogue = Catalogue.open(f"{samples}/catalogue")
+    codes, names = catalogue.category_codes
+    hashed = earlier.items.hashed is not None if earlier is not None else hash_rows is not None
     counts = np.zeros(catalogue.num_items + 1, np.int64)  # the last is of ids that are not in the catalogue
-    users: list[pa.Array] = []
+    met_users: list[pa.Array] = []
     labels = _Labels(f"{samples}/impressions/train")
     for table in ordered_batches(labels.source, _COLUMNS, 65_536):
         labels.add(table)
+        if hashed:
+            continue
         met = table["item_id"].value_counts()
         np.add.at(counts, catalogue.rows(met.field("values")), met.field("counts").to_numpy())
-        users.append(table["user_id"].unique())
-        if len(users) == 64:
-            users = [pa.chunked_array(users).unique()]
-    codes, names = catalogue.category_codes
-    items = ItemIndex.build(catalogue.ids, codes, names, counts[:-1], min_item_count)
-    distinct = pa.chunked_array(users or [pa.array([], pa.string())]).unique().drop_null()
-    users_of_train = Vocabulary(distinct.take(pc.sort_indices(distinct)))
+        met_users.append(table["user_id"].unique())
+        if len(met_users) == 64:
+            met_users = [pa.chunked_array(met_users).unique()]
+    distinct = pa.chunked_array(met_users or [pa.array([], pa.string())]).unique().drop_null()
+    distinct = distinct.take(pc.sort_indices(distinct))
+    found = (catalogue.ids, codes, names, counts[:-1], min_item_count)
+    ratio = labels.positive_ratio()
+    if earlier is not None:
+        return Vocabularies(earlier.items.grow(*found), earlier.users.grow(distinct), earlier.features, ratio)
+    users = Vocabulary(distinct) if hash_rows is None else HashedVocabulary(hash_rows)
     features = learn_features(labels.source, declared, transforms or {})
-    return Vocabularies(items, users_of_train, features, labels.positive_ratio())
+    return Vocabularies(ItemIndex.build(*found, hash_rows=hash_rows), users, features, ratio)
 
 
 class _Labels:

@@ -450,8 +450,13 @@ class Ciubm(Workers):
     """BST, SIM and TWIN are told how long ago each behavior was. Needs impressions with behavior_times."""
     use_user_id: bool = True
     """An embedding per known user."""
+    vocabulary: Literal["explicit", "hashed"] = "explicit"
+    """explicit: a row per item and user that train has met. hashed: items and users share ciubm.hash_rows rows of each table
+    by the hash of their ids, whoever they are; no list of users is kept."""
+    hash_rows: Positive = 1_000_000
+    """Of the hashed item table and of the hashed user table."""
     min_item_count: Positive = 1
-    """Items met less often in train share the unknown item's embedding."""
+    """Items met less often in train share the unknown item's embedding (explicit vocabulary)."""
     id_dropout: Ratio = 0.05
     """Chance that a target trains as an unknown item, so that new items have a trained embedding."""
     batch_size: Positive = 1_024
@@ -480,6 +485,14 @@ class Ciubm(Workers):
     """Steps between the checkpoints from which crashed workers and restarted jobs go on."""
     seeds: tuple[int, ...] = (0,)
     """One model per seed; reports give the mean."""
+    continue_from: str | None = None
+    """Folder or URI of an earlier model (ctr/<variant>), or of the folder that holds it (ctr): go on from it, on the train
+    rows that are later than its own. Vocabularies and tables grow."""
+
+    @property
+    def num_hash_rows(self) -> int | None:
+        """Rows that ids share, None with explicit vocabularies."""
+        return self.hash_rows if self.vocabulary == "hashed" else None
 
 
 class Evaluation(Section):

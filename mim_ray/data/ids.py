@@ -69,7 +69,7 @@ class IdBytes:
     @classmethod
     def of(cls, ids: Ids) -> IdBytes:
         """A null counts as an empty id."""
-        array = _strings(ids)
+        array = as_strings(ids)
         if not len(array):
             return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
         _, offsets, data = array.buffers()
@@ -143,7 +143,7 @@ class IdIndex:
 
     def rows(self, ids: Ids) -> np.ndarray:
         """(n,) int64 row of each id, -1 for unknown ids and nulls."""
-        wanted = _strings(ids)
+        wanted = as_strings(ids)
         found = np.full(len(wanted), -1, np.int64)
         if not len(self.ids) or not len(wanted):
             return found
@@ -154,7 +154,7 @@ class IdIndex:
             open_ = open_[place[open_] < len(self.hashes)]
             open_ = open_[self.hashes[place[open_]] == keys[open_]]
             rows = self.order[place[open_]]
-            same = pc.equal(_strings(self.ids.take(pa.array(rows))), wanted.take(pa.array(open_)))
+            same = pc.equal(as_strings(self.ids.take(pa.array(rows))), wanted.take(pa.array(open_)))
             equal = np.asarray(same, bool)
             found[open_[equal]] = rows[equal]
             open_ = open_[~equal]
@@ -166,7 +166,8 @@ class IdIndex:
         return self.rows(self.ids) == np.arange(len(self.ids))
 
 
-def _strings(ids: Ids) -> pa.Array:
+def as_strings(ids: Ids) -> pa.Array:
+    """Ids of any kind as one large_string array."""
     if isinstance(ids, pa.ChunkedArray):
         ids = ids.cast(pa.large_string()).combine_chunks()
         if isinstance(ids, pa.ChunkedArray):  # no chunks at all

@@ -117,7 +117,7 @@ class RankingService:
         if not np.isfinite(prob).all():
             raise FloatingPointError("the CTR model gave a probability that is no number")
         position = self.model.items.vocabulary.encode(candidates)
-        unknown = self.model.items.table_row[position] == 0  # (C,)
+        unknown = self.model.items.rows(candidates, position) == 0  # (C,)
         order = np.argsort(-prob, kind="stable")[: request.top_k]
         return RankResponse(
             request_id=uuid.uuid4().hex,

@@ -9,9 +9,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mim_ray.ciubm.dataset import Content, ImpressionEncoder, gather_batch
+from mim_ray.ciubm import train
+from mim_ray.ciubm.dataset import Content, ImpressionEncoder, count_input, gather_batch
+from mim_ray.ciubm.model import CtrNetwork
 from mim_ray.ciubm.tables import IdTables
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
+from mim_ray.ciubm.vocabulary_build import build_vocabularies
+from mim_ray.config import Scenario
 from mim_ray.representation_center.snapshot import Snapshot
 
 
@@ -95,3 +99,28 @@ def test_vocabularies_survive_a_file(items: ItemIndex, tmp_path: Any) -> None:
     assert np.array_equal(again.table_row, items.table_row)
     assert np.array_equal(again.category, items.category)
     assert list(again.categories) == ["red", "blue"]
+
+
+def test_unknown_ids_and_missing_content_are_counted(small_shop: Any) -> None:
+    items = build_vocabularies(small_shop.samples, min_item_count=1).items
+    content = Content(Snapshot.open(small_shop.snapshot), items)
+    rows = pa.table(
+        {
+            "user_id": ["user-1", None, "nobody"],
+            "item_id": ["item-59", "unheard-of", "item-3"],  # item-59 has no content
+            "behaviors": pa.array([["item-1", "gone", None], ["item-59"], None], pa.list_(pa.string())),
+        }
+    )
+    encoder = ImpressionEncoder(items, Vocabulary(pa.array(["user-1"])), content, 8)
+    batch = encoder.encode(rows, id_dropout=1.0, generator=np.random.default_rng(0))
+    assert count_input(batch) == {
+        "targets": 3,
+        "unknown_targets": 1,
+        "targets_without_content": 1,
+        "behaviors": 4,
+        "unknown_behaviors": 2,
+        "behaviors_without_content": 1,
+    }
+    tables = IdTables.create({"item": items.num_table_rows, "category": items.num_category_rows, "user": 2}, 4, seed=0)
+    config = train.network_config(Scenario.model_validate({"ciubm": {"id_dim": 4}}).ciubm, "sim", content.width)
+    assert CtrNetwork(config)(gather_batch(batch, tables)).isfinite().all()

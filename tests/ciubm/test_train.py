@@ -17,13 +17,17 @@ from mim_ray import artifacts
 from mim_ray.ciubm import evaluate, train
 from mim_ray.ciubm.dataset import ImpressionEncoder, gather_batch
 from mim_ray.ciubm.export import load_ranker
+from mim_ray.ciubm.machine_export import write_for_machines
 from mim_ray.ciubm.model import CtrNetwork
 from mim_ray.ciubm.predict import predict
 from mim_ray.ciubm.tables import IdTables
 from mim_ray.ciubm.vocabulary_build import build_vocabularies
 from mim_ray.config import Scenario
+from mim_ray.config.scenario import ParameterMachines as ParameterMachinesSettings
 from mim_ray.data.batches import ordered_batches
 from mim_ray.errors import ArtifactError, VersionMismatchError
+from mim_ray.representation_center.machine_release import MachineRelease, TableSource
+from mim_ray.representation_center.parameter_machines import ParameterMachines
 from mim_ray.representation_center.snapshot import Snapshot, write_snapshot
 from mim_ray.representation_center.snapshot_line import kept_snapshots
 from mim_ray.training.optim import average_gradients
@@ -165,6 +169,42 @@ def test_the_ranker_scores_as_the_evaluation_predicts(variant: str, models: dict
 
 
 @pytest.mark.ray
+def test_tables_from_the_parameter_machines_rank_as_those_from_files(
+    models: dict[str, str], small_shop: Any, tmp_path: Path
+) -> None:
+    """MM embeddings, ID tables and networks of both seeds come from 2 shards; one call of the client for the embeddings."""
+    tables, dense = write_for_machines(models["sim-mim"], f"{tmp_path}/id_tables")
+    assert sorted(tables) == ["category-0", "category-1", "item-0", "item-1", "user-0", "user-1"]
+    sources = {name: TableSource(line) for name, line in {"mm": small_shop.snapshot, **tables}.items()}
+    settings = ParameterMachinesSettings(
+        shards=2, replicas=1, cpus_per_machine=0, folder=f"{tmp_path}/machines", deadline_ms=60_000
+    )
+    machines = ParameterMachines.start(f"{tmp_path}/state.json", MachineRelease("r1", sources, dense), settings)
+    try:
+        client = machines.client()
+        snapshot, plain = Snapshot.open(small_shop.snapshot), load_ranker(models["sim-mim"])
+        served = load_ranker(models["sim-mim"], machines=client)
+
+        def from_snapshot(ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
+            rows = snapshot.lookup(ids)
+            return snapshot.gather(rows), rows >= 0, [None] * len(ids)
+
+        def from_machines(ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
+            answer = client.multi_get(ids)
+            return answer.matrix, answer.found, answer.category.to_pylist()
+
+        candidates = ["item-3", "item-55", "unheard-of", "item-59"]
+        for user, behaviors in (("user-1", ["item-2", "item-7", "new"]), ("nobody", [])):
+            expected = plain.score(user, behaviors, candidates, from_snapshot)
+            assert served.score(user, behaviors, candidates, from_machines) == pytest.approx(expected, abs=1e-5)
+            assert len(set(expected.round(6))) > 1
+        with pytest.raises(ArtifactError, match="hold another model's tables"):
+            served.models[0][1].embed({"item": torch.tensor([10_000])})
+    finally:
+        machines.stop()
+
+
+@pytest.mark.ray
 def test_a_new_item_is_ranked_by_its_content_and_category(models: dict[str, str], small_shop: Any) -> None:
     ranker, snapshot = load_ranker(models["sim-mim"]), Snapshot.open(small_shop.snapshot)
 
@@ -258,9 +298,7 @@ def test_two_workers_match_one_on_the_joined_batch(
         for start in (0, 128):
             size = 128 // world
             batch = encoder.encode(rows.slice(start + rank * size, size))
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(
-                network(gather_batch(batch, tables, train=True)), batch.label
-            )
+            loss, _ = network.loss(gather_batch(batch, tables, train=True), batch.label)
             optimizer.zero_grad()
             loss.backward()
             average_gradients(network.parameters())

@@ -30,6 +30,7 @@ from mim_ray.encoders.tokenizer import train_tokenizer
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import segment_rows
+from mim_ray.training.checkpoint import with_prefix
 
 NUM_ITEMS = 40
 CATEGORIES = ("mugs", "socks")
@@ -124,7 +125,9 @@ def write_model(uri: str, scenario: Scenario, ids: list[str], encoder_version: s
     config = network_config(settings, "sim", scenario.encoders.width)
     num_rows = {"item": items.num_table_rows, "category": items.num_category_rows, "user": len(users) + 1}
     tables = IdTables.create(num_rows, settings.id_dim, seed=0)
-    save_model(f"{uri}/seed-0", CtrNetwork(config), tables.state())
+    save_model(
+        f"{uri}/seed-0", with_prefix("network", CtrNetwork(config).state_dict()) | with_prefix("tables", tables.state())
+    )
     info = {
         "variant": "sim-mim",
         "backbone": "sim",

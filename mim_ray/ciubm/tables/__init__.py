@@ -12,8 +12,8 @@
 from __future__ import annotations
 
 from mim_ray.ciubm.tables.create import create_tables
-from mim_ray.ciubm.tables.face import Tables
+from mim_ray.ciubm.tables.face import Lookup, Tables
 from mim_ray.ciubm.tables.replicated import EmbeddingTable, IdTables
 from mim_ray.ciubm.tables.sharded import ShardedTables
 
-__all__ = ["EmbeddingTable", "IdTables", "ShardedTables", "Tables", "create_tables"]
+__all__ = ["EmbeddingTable", "IdTables", "Lookup", "ShardedTables", "Tables", "create_tables"]

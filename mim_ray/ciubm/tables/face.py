@@ -8,18 +8,22 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Tables(Protocol):
-    """Embedding tables by name (item, category and, by choice, user). Row 0 of each is the unknown id.
-
-    With several workers every method below is collective: all workers call it equally often, with whatever rows they have
-    (none is allowed). Of the torch engine only `step` is.
-    """
+class Lookup(Protocol):
+    """What reading needs of tables: all that serving asks for."""
 
     def __contains__(self, name: str) -> bool: ...
 
     def embed(self, rows: Mapping[str, Tensor], *, train: bool = False) -> dict[str, Tensor]:
         """(U,) int64 rows by table name -> (U, width). With `train` the answers are leaves whose gradients `step` uses."""
         ...
+
+
+class Tables(Lookup, Protocol):
+    """Embedding tables by name (item, category and, by choice, user). Row 0 of each is the unknown id.
+
+    With several workers every method below is collective: all workers call it equally often, with whatever rows they have
+    (none is allowed). Of the torch engine only `step` is.
+    """
 
     def step(self, learning_rate: float, weight_decay: float = 0.0) -> None:
         """Move the rows met since the last step, by the mean over the workers of their gradients, and forget them."""

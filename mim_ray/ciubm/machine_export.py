@@ -1,0 +1,91 @@
+"""A trained CTR model on the parameter machines (paper Section 3.5, CMD): ID tables as their tables, networks as dense parameters.
+
+id_tables, dense = write_for_machines(ctr, f"{ctr}/machines")
+release = MachineRelease.of(center, read_release(center), id_tables=id_tables, dense=dense)
+machines = ParameterMachines.start(state, release, settings)
+ranker = load_ranker(ctr, machines=machines.client())        # holds vocabularies, no table
+
+A table is called TABLE-SEED and its keys are row numbers, so that explicit and hashed vocabularies are served alike; a network
+is called network-SEED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from mim_ray import artifacts
+from mim_ray.data.ids import Ids
+from mim_ray.errors import ArtifactError
+from mim_ray.representation_center.layered_rows import Embeddings
+from mim_ray.representation_center.snapshot_from_rows import write_snapshot
+
+
+class Machines(Protocol):
+    """What is asked of the parameter machines; a ParameterClient can do it."""
+
+    def get_many(self, asked: Mapping[str, Ids]) -> Mapping[str, Embeddings]: ...
+
+    def dense(self, name: str) -> bytes: ...
+
+
+def write_for_machines(ctr: str, output: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Write the ID tables of the CTR model at `ctr` as snapshots below `output`.
+
+    Returns:
+        URIs of the tables and of the dense parameters by name, as MachineRelease takes them.
+    """
+    tables: dict[str, str] = {}
+    dense: dict[str, str] = {}
+    for seed in artifacts.read_json(f"{ctr}/ctr.json")["seeds"]:
+        for name, weight in artifacts.read_tensors(f"{ctr}/seed-{seed}/tables.safetensors").items():
+            rows = [str(row) for row in range(len(weight))]
+            line = f"{output}/{name}-{seed}"
+            tables[f"{name}-{seed}"] = write_snapshot(line, rows, weight.numpy(), encoder_version="none")
+        dense[f"network-{seed}"] = f"{ctr}/seed-{seed}/network.safetensors"
+    return tables, dense
+
+
+class MachineTables:
+    """The ID tables of one seed where the machines hold them: reads only."""
+
+    def __init__(self, machines: Machines, seed: int, names: Collection[str]) -> None:
+        self._machines, self._seed, self._names = machines, seed, frozenset(names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def embed(self, rows: Mapping[str, Tensor], *, train: bool = False) -> dict[str, Tensor]:
+        """(U,) int64 rows by table name -> (U, width), in one call of the machines.
+
+        Raises:
+            ArtifactError: the machines hold the tables of another model.
+        """
+        assert not train, "the parameter machines serve"
+        asked = {f"{name}-{self._seed}": [str(row) for row in of_table.tolist()] for name, of_table in rows.items()}
+        answers = self._machines.get_many(asked)
+        embedded = {}
+        for name in rows:
+            answer = answers[f"{name}-{self._seed}"]
+            if not answer.found.all():
+                row = asked[f"{name}-{self._seed}"][int(np.argmin(answer.found))]
+                raise ArtifactError(
+                    f"The parameter machines have no row {row} of table {name}-{self._seed}: they hold another model's tables. "
+                    "Load the release that names this model's."
+                )
+            embedded[name] = torch.from_numpy(np.ascontiguousarray(answer.matrix, np.float32))
+        return embedded
+
+
+def network_of(machines: Machines, seed: int) -> dict[str, Tensor]:
+    """Weights of one seed's network.
+
+    Raises:
+        ArtifactError: the release has none.
+    """
+    return load(machines.dense(f"network-{seed}"))
