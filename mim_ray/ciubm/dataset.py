@@ -123,16 +123,17 @@ class ImpressionEncoder:
         start, length, values = _lists(table["behaviors"], self.max_behaviors)
         met = pa.concat_arrays([targets, values.cast(pa.large_string())]).dictionary_encode()
         position = np.append(self.items.vocabulary.encode(met.dictionary), 0)  # (U,), the last is for null ids
-        order = np.argsort(self.items.table_row[position], kind="stable")  # tables are read and written in order
+        item_row = np.append(self.items.rows(met.dictionary, position[:-1]), 0)
+        order = np.argsort(item_row, kind="stable")  # tables are read and written in order
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
-        position, place = position[order], rank[np.asarray(met.indices.fill_null(len(position) - 1))]
+        position, item_row = position[order], item_row[order]
+        place = rank[np.asarray(met.indices.fill_null(len(position) - 1))]
         longest = max(int(length.max(initial=0)), 1)
         mask = np.arange(longest) < length[:, None]  # (B, L)
         behaviors = np.zeros((size, longest), np.int64)
         behaviors[mask] = place[size:][_places(start, length)]
         target, user = place[:size], self._users(table)
-        item_row = np.append(self.items.rows(met.dictionary, position[:-1]), 0)
         without_features = None
         if id_dropout > 0 and generator is not None:
             dropped = np.flatnonzero(generator.random(size) < id_dropout)

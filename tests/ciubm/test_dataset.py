@@ -48,6 +48,7 @@ def test_rows_are_those_of_the_ids_and_unknown_is_zero(items: ItemIndex) -> None
     assert targets == [1, 0, 0]
     assert behaviors == [[2, 1, 2], [], []]
     batch = encoder.encode(table)
+    assert batch.item_row.tolist() == sorted(batch.item_row.tolist())
     assert batch.user.tolist() == [1, 0, 0]
     assert batch.category[batch.target].tolist() == [1, 0, 0]
     assert batch.label is not None
