@@ -32,7 +32,7 @@ def content_relevance(target: Tensor, behaviors: Tensor, behavior_mask: Tensor) 
 
 def relevance_and_comparable(target: Tensor, behaviors: Tensor, behavior_mask: Tensor) -> tuple[Tensor, Tensor]:
     """content_relevance, and (B, L) True for real behaviors that have content, as has the target."""
-    dots = torch.bmm(behaviors, target.unsqueeze(-1)).squeeze(-1)  # (B, L)
+    dots = torch.bmm(target.unsqueeze(1), behaviors.transpose(1, 2)).squeeze(1)  # (B, L); this order is the faster one
     target_length = torch.linalg.vector_norm(target, dim=-1, keepdim=True)  # (B, 1)
     lengths = torch.linalg.vector_norm(behaviors, dim=-1)  # (B, L)
     comparable = behavior_mask & (lengths > 0) & (target_length > 0)

@@ -39,10 +39,11 @@ from mim_ray.data.own_tables import OwnSplit, newest_of_users, own_split, write_
 from mim_ray.data.pairs import write_own_pairs, write_search_pairs
 from mim_ray.data.queries import drop_repeated
 from mim_ray.data.rejects import reject_rows, write_rejects
+from mim_ray.data.sample_files import BEHAVIORS, PAIR_GROUP, write_parquet
 from mim_ray.data.schema import INTEREST_PAIRS, SPLITS, TIME
 from mim_ray.data.sources import Shard, find_table, require_table, shards
 from mim_ray.data.splits import Split, age_shares, iso, split_by_time
-from mim_ray.data.user_parts import BEHAVIORS, PAIR_GROUP, PartJob, write_parquet, write_part_of_users
+from mim_ray.data.user_parts import PartJob, write_part_of_users
 from mim_ray.data.user_samples import Pool
 from mim_ray.errors import DataError
 from mim_ray.runtime.progress import Progress

@@ -17,8 +17,9 @@ import pyarrow.dataset as ds
 from deltalake.exceptions import DeltaError
 
 from mim_ray import artifacts
+from mim_ray.data.casting import validate_schema
 from mim_ray.data.schema import TABLES
-from mim_ray.data.sources import Shard, cut, is_delta, validate_schema
+from mim_ray.data.sources import Shard, cut, is_delta
 from mim_ray.errors import DataError
 from mim_ray.object_store import delta_options
 

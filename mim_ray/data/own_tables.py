@@ -21,10 +21,10 @@ from mim_ray.data.event_log import (
 from mim_ray.data.features import num_missing
 from mim_ray.data.own_behaviors import past_behaviors
 from mim_ray.data.rejects import reject_rows
+from mim_ray.data.sample_files import BEHAVIORS, Tallies, write_impressions
 from mim_ray.data.schema import SPLITS
 from mim_ray.data.sources import Shard
 from mim_ray.data.splits import Split, split_by_time
-from mim_ray.data.user_parts import BEHAVIORS, Tallies, write_impressions
 from mim_ray.errors import DataError
 
 

@@ -24,10 +24,10 @@ from mim_ray.data.event_log import (
     times_us,
 )
 from mim_ray.data.rejects import reject_rows
+from mim_ray.data.sample_files import PAIR_GROUP, write_parquet
 from mim_ray.data.schema import INTEREST_PAIRS
 from mim_ray.data.sources import Shard
 from mim_ray.data.transforms import BadImage, check_image
-from mim_ray.data.user_parts import PAIR_GROUP, write_parquet
 
 
 def write_search_pairs(

@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import deltalake
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mim_ray import artifacts
+from mim_ray.data.casting import cast_columns, validate_schema
 from mim_ray.data.features import with_features
-from mim_ray.data.schema import TABLES, TIME, TableSchema
+from mim_ray.data.schema import TABLES, TableSchema
 from mim_ray.errors import DataError
 from mim_ray.object_store import delta_options, storage_error
 
@@ -57,7 +56,7 @@ class Shard:
             raise DataError(
                 f"{self.source} cannot be read like the table's other files ({error}). Write it again with their types."
             ) from None
-        return _cast(rows, names, self.table, self.source)
+        return cast_columns(rows, names, self.table, self.source)
 
     def batches(
         self, columns: Sequence[str], *, start: int = 0, stop: int | None = None, rows: int = 65_536
@@ -87,7 +86,7 @@ class Shard:
                         for name in [name for name in columns if name in keys and name not in present]:
                             value = pa.scalar(keys[name], self.schema.field(name).type)
                             piece = piece.append_column(name, pa.repeat(value, piece.num_rows))
-                        yield _cast(piece, list(columns), self.table, self.source)
+                        yield cast_columns(piece, list(columns), self.table, self.source)
                     if at >= end:
                         return
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OSError) as error:
@@ -134,7 +133,7 @@ def read_table(root: str, name: str, columns: Sequence[str] | None = None) -> ra
     else:
         filesystem, _ = artifacts.filesystem(uri)
         rows = ray.data.read_parquet(list(dataset.files), filesystem=filesystem, columns=present)
-    cast: Callable[[pa.Table], pa.Table] = lambda batch: _cast(batch, names, table, uri)  # noqa: E731
+    cast: Callable[[pa.Table], pa.Table] = lambda batch: cast_columns(batch, names, table, uri)  # noqa: E731
     return rows.map_batches(cast, batch_format="pyarrow")
 
 
@@ -226,94 +225,9 @@ def unread(fragment: ds.ParquetFileFragment, row_groups: Sequence[int] | None = 
     )
 
 
-def validate_schema(schema: pa.Schema, table: TableSchema, source: str) -> None:
-    """Check that every required column is there and every known column can be cast; all problems in one message.
-
-    Raises:
-        DataError: names the file, the columns, the types met and wanted, and what to do.
-    """
-    problems = []
-    for name in table.required:
-        if name not in schema.names:
-            problems.append(
-                f"{source} has no column {name!r} (it has {', '.join(schema.names) or 'none'}). "
-                f"Add it as {table.schema.field(name).type}, or rename the column that holds it."
-            )
-    for name in set(table.schema.names) & set(schema.names):
-        wanted, met = table.schema.field(name).type, schema.field(name).type
-        if not _castable(met, wanted):
-            problems.append(f"{source}: column {name!r} is {met}, but must be {wanted}. Convert it and write it again.")
-    if problems:
-        raise DataError("\n".join(sorted(problems)))
-
-
 def _num_bytes(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
     chunks = [group.column(number) for number in range(group.num_columns)]
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
-
-
-def _castable(met: pa.DataType, wanted: pa.DataType) -> bool:
-    if pa.types.is_dictionary(met):
-        met = met.value_type
-    if met == wanted or pa.types.is_null(met):
-        return True
-    text = pa.types.is_string(met) or pa.types.is_large_string(met) or pa.types.is_string_view(met)
-    binary = pa.types.is_binary(met) or pa.types.is_large_binary(met) or pa.types.is_binary_view(met)
-    number = pa.types.is_integer(met) or pa.types.is_floating(met)
-    if pa.types.is_string(wanted):
-        return text or pa.types.is_integer(met)
-    if pa.types.is_binary(wanted):
-        return binary
-    if pa.types.is_timestamp(wanted):
-        return pa.types.is_timestamp(met) or pa.types.is_date(met)
-    if pa.types.is_list(wanted):
-        is_list = pa.types.is_list(met) or pa.types.is_large_list(met) or pa.types.is_fixed_size_list(met)
-        return is_list and _castable(met.value_type, wanted.value_type)
-    if pa.types.is_boolean(wanted):
-        return pa.types.is_integer(met)
-    return number or pa.types.is_boolean(met) or pa.types.is_decimal(met)
-
-
-def _cast(rows: pa.Table, names: list[str], table: TableSchema, source: str) -> pa.Table:
-    columns = []
-    for name in names:
-        wanted = table.schema.field(name).type
-        if name not in rows.column_names:
-            columns.append(pa.chunked_array([pa.nulls(rows.num_rows, wanted)]))
-            continue
-        column = rows.column(name)
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        try:
-            if pa.types.is_timestamp(wanted) and column.type != wanted:
-                column = column.cast(pa.timestamp("us", getattr(column.type, "tz", None)), safe=False)
-                column = column.cast(TIME) if column.type.tz else pc.assume_timezone(column, "UTC")
-            elif pa.types.is_list(wanted) and pa.types.is_timestamp(wanted.value_type) and column.type != wanted:
-                column = _time_lists(column)
-            elif pa.types.is_integer(wanted) and not pa.types.is_integer(column.type):
-                column = column.cast(wanted, safe=False) if pa.types.is_boolean(column.type) else _whole(column, wanted)
-            columns.append(column.cast(wanted))
-        except pa.ArrowInvalid as error:
-            raise DataError(
-                f"{source}: column {name!r} ({column.type}) has values that do not fit {wanted} ({error}). "
-                "Correct them and write the file again."
-            ) from None
-    return pa.table(columns, schema=pa.schema([table.schema.field(name) for name in names]))
-
-
-def _time_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Lists of times in any unit, dates too, as lists of TIME; times without zone are UTC, as in plain columns."""
-    if pa.types.is_null(column.type):
-        return column
-    zone = getattr(column.type.value_type, "tz", None)
-    return column.cast(pa.list_(pa.timestamp("us", zone)), safe=False)
-
-
-def _whole(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
-    """Numbers as integers; what is no whole number becomes null, for the caller to reject."""
-    values = column.cast(pa.float64())
-    whole = pc.and_(pc.equal(values, pc.round(values)), pc.less_equal(pc.abs(values), float(np.iinfo(np.int8).max)))
-    return pc.if_else(whole, values, pa.scalar(None, pa.float64())).cast(wanted)
 
 
 def is_delta(uri: str) -> bool:

@@ -184,7 +184,8 @@ def test_soft_sim_attends_to_the_best_scores_and_learns_by_its_own_head(case: Ca
 def test_twin_keeps_the_best_of_each_head_with_cross_features_as_bias(
     case: Case, num_searched: int, heads: int
 ) -> None:
-    """Both ways of the exact unit: behaviors copied per head (2 * 2 < 6), and the rest masked."""
+    """Public code fails at run time with cross features. Both ways of the exact unit: behaviors copied per head
+    (2 * 2 < 6), and the rest masked."""
     model = Twin(D, num_searched=num_searched, num_heads=heads, cross_width=2, time_gaps=True, content=True)
     side, result = case[3], model(*case)
     assert side.age_s is not None

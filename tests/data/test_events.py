@@ -19,6 +19,7 @@ from mim_ray.data.rejects import read_rejects
 from mim_ray.data.schema import IMPRESSIONS, INTEREST_PAIRS
 from mim_ray.data.shop import ShopModel
 from mim_ray.data.synthetic import make_events, make_items
+from mim_ray.data.transforms import content_hash
 from mim_ray.errors import DataError
 from mim_ray.runtime.cluster import user_error
 
@@ -102,6 +103,33 @@ def test_unusable_events_are_rejected_and_the_job_goes_on(ray_cluster, tmp_path,
     result = run(tmp_path, tmp_path)
     assert result.rejects == {"unknown item": 1, "no user id": 1, "event before its item existed": 1}
     assert sum(table.num_rows for table in impressions(tmp_path).values()) == 3_000
+
+
+@pytest.mark.ray
+def test_features_and_queries_of_logged_impressions_reach_the_samples(ray_cluster, tmp_path, shop):
+    items, log = shop
+    names = log["impression_id"].to_pylist()
+    device = pa.array([None if name is None else f"d{int(name[-2:]) % 3}" for name in names])
+    tags = pa.array([None if name is None else [name[-1], name[-2]] for name in names])
+    query = pa.array([None if name is None or name[-1] == "0" else f"find {name[-1]}" for name in names])
+    log = log.append_column("device", device).append_column("tags", tags).append_column("query_text", query)
+    write_shop(tmp_path, items, log)
+    declared = "data.features=[{name: device, kind: categorical}, {name: tags, kind: multi}]"
+    result = run(tmp_path, tmp_path, declared)
+    rows = [row for table in impressions(tmp_path).values() for row in table.to_pylist()]
+    assert len(rows) == 3_000
+    for row in rows:
+        name = row["impression_id"]
+        assert (row["device"], row["tags"]) == (f"d{int(name[-2:]) % 3}", [name[-1], name[-2]])
+        asked = None if name[-1] == "0" else content_hash(f"find {name[-1]}", None)
+        assert (row["query_id"], row["query_image"]) == (asked, None)
+        assert all(time < row["timestamp"] for time in row["behavior_times"])
+        assert len(row["behavior_times"]) == len(row["behaviors"])
+    queries = pq.read_table(tmp_path / "samples" / "queries")
+    assert sorted(queries["title"].to_pylist()) == [f"find {number}" for number in range(1, 10)]
+    assert result.metrics["counts"]["queries"] == 9
+    with pytest.raises(DataError, match=r"has no column 'colour'"):
+        run(tmp_path, tmp_path, "data.features=[{name: colour, kind: categorical}]")
 
 
 @pytest.mark.ray
