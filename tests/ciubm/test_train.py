@@ -219,6 +219,26 @@ def test_a_new_item_is_ranked_by_its_content_and_category(models: dict[str, str]
 
 
 @pytest.mark.ray
+def test_hashed_vocabularies_rank_new_users_and_items_by_the_rows_of_their_hashes(
+    ray_cluster: None, small_shop: Any, tmp_path: Path
+) -> None:
+    settings = _scenario(vocabulary="hashed", hash_rows=37, num_epochs=1)
+    train.run(settings, variant="din-base", samples=small_shop.samples, snapshot=None, output=str(tmp_path))
+    ranker = load_ranker(str(tmp_path))
+    weights = artifacts.read_tensors(f"{tmp_path}/seed-0/tables.safetensors")
+    assert (len(weights["item"]), len(weights["user"])) == (38, 38)
+    names = [f"new-{number}" for number in range(60)]
+    rows = ranker.users.encode(names)
+    scores = np.array([ranker.score(name, ["item-1"], ["item-2"])[0] for name in names])
+    of_items = ranker.score("user-1", ["item-1"], names)
+    for row in set(rows.tolist()):
+        assert np.ptp(scores[rows == row]) < 1e-6
+        assert np.ptp(of_items[rows == row]) < 1e-6
+    assert np.ptp(scores) > 1e-4
+    assert np.ptp(of_items) > 1e-4
+
+
+@pytest.mark.ray
 def test_a_mix_of_encoder_versions_is_refused_naming_both(models: dict[str, str]) -> None:
     with pytest.raises(VersionMismatchError, match=r"test-1.*other-2"):
         load_ranker(models["sim-mim"], encoder_version="other-2")
