@@ -417,8 +417,9 @@ class Ciubm(Workers):
     """Feed the target's own MM vector (an ablation; the paper does not)."""
     similarity_summary: bool = False
     """Beside Eq. 9: mean, largest and recency-weighted mean cosine of the behaviors to the target."""
-    content_norm: Literal["sum", "mean", "log"] = "sum"
-    """Eqs. 7-8 as written (sum), divided by the number of behaviors, or by the logarithm of it."""
+    content_norm: Literal["sum", "mean", "log"] = "mean"
+    """Eqs. 7-8 as written (sum), divided by the number of behaviors, or by the logarithm of it. The mean was the best on
+    validation of every data set (docs/ciubm.md)."""
     content_attention: bool = False
     """SA-TA (MUSE): the attention of DIN, SIM and TWIN is told of the cosines to the target."""
     missing_content: bool = False

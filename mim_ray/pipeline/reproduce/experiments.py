@@ -157,8 +157,14 @@ def make_plan(
 
 
 _OPTIONS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
-    ("Eqs. 7-9 alone, without the similarity histogram", "strict", {"ciubm.similarity_histogram": False}),
+    (
+        "Eqs. 7-9 as written: sums, no similarity histogram",
+        "strict",
+        {"ciubm.similarity_histogram": False, "ciubm.content_norm": "sum"},
+    ),
+    ("sums instead of means in Eqs. 7 and 8", "sums", {"ciubm.content_norm": "sum"}),
     ("with the target's own MM vector", "target-content", {"ciubm.target_content": True}),
+    ("with SA-TA", "content-attention", {"ciubm.content_attention": True}),
 )
 """Beyond the paper: what the default has more, or could have."""
 
