@@ -6,7 +6,8 @@ embedding, the last from a mapped snapshot. Targets and behaviors then point int
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +61,14 @@ class IndexedBatch:
 
     def __len__(self) -> int:
         return len(self.target)
+
+    def to(self, device: torch.device | str) -> IndexedBatch:
+        """The same on another device."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = None if value is None else value.to(device)
+        return replace(self, **moved)
 
 
 class Content:

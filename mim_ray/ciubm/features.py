@@ -41,6 +41,11 @@ class FeatureValues:
     place: Tensor
     impression: Tensor | None
 
+    def to(self, device: torch.device | str) -> FeatureValues:
+        """The same on another device."""
+        impression = None if self.impression is None else self.impression.to(device)
+        return FeatureValues(self.rows.to(device), self.place.to(device), impression)
+
 
 @dataclass(frozen=True)
 class FeatureBatch:
@@ -48,6 +53,10 @@ class FeatureBatch:
 
     values: Mapping[str, FeatureValues]
     dense: Tensor
+
+    def to(self, device: torch.device | str) -> FeatureBatch:
+        """The same on another device."""
+        return FeatureBatch({name: values.to(device) for name, values in self.values.items()}, self.dense.to(device))
 
     def context(self, embedded: Mapping[str, Tensor]) -> Tensor:
         """(B, c): the embedding of each feature (the mean of its values'), in order, then the dense ones.

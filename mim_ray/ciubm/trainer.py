@@ -29,7 +29,7 @@ from mim_ray.runtime.progress import Progress
 from mim_ray.training import checkpoint
 from mim_ray.training.collect import joined, summed
 from mim_ray.training.optim import average_gradients, check_finite, parameter_groups
-from mim_ray.training.run import rank, world_size
+from mim_ray.training.run import rank, worker_device, world_size
 
 _CURVE_POINTS = 100
 
@@ -65,6 +65,7 @@ class Trainer:
     def __init__(self, config: dict[str, Any], encoder: ImpressionEncoder, seed: int) -> None:
         self.settings = settings = Ciubm.model_validate(config["settings"])
         self.encoder, self.label = encoder, config["label"]
+        self.device = worker_device(settings.use_gpu)
         self.seed = config["run_seed"] * 1_000 + seed
         self.folder = f"{config['output']}/train/seed-{seed}"
         self.validation = f"{config['samples']}/impressions/validation"
@@ -78,10 +79,10 @@ class Trainer:
         )
         self.total = self.batches.steps_per_epoch * settings.num_epochs
         torch.manual_seed(self.seed)
-        self.network = CtrNetwork(NetworkConfig.from_json(config["network"]))
+        self.network = CtrNetwork(NetworkConfig.from_json(config["network"])).to(self.device)
         self.network.start_at(config["positive_ratio"])
         self.num_rows = encoder.num_table_rows(with_user=settings.use_user_id)
-        self.tables = create_tables(settings, self.num_rows, self.seed)
+        self.tables = create_tables(settings, self.num_rows, self.seed, self.device)
         groups = parameter_groups(self.network, settings.learning_rate, settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.course = Course(steps_per_epoch=self.batches.steps_per_epoch)
@@ -190,11 +191,11 @@ class Trainer:
             yield self.encoder.encode(table, id_dropout=self.settings.id_dropout, generator=generator)
 
     def _step(self, batch: IndexedBatch) -> float:
-        settings, step = self.settings, self.course.step
+        settings, step, batch = self.settings, self.course.step, batch.to(self.device)
         assert batch.label is not None
         self.network.train()
         embedded = gather_batch(batch, self.tables, train=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             loss, _ = self.network.loss(embedded, batch.label)
         value = check_finite(loss.detach(), step, f"loss of {self.label}")
         self.optimizer.zero_grad()
@@ -242,9 +243,9 @@ class Trainer:
     def _judge(self) -> dict[str, Any]:
         """AUC and log loss on validation rows with a label of 0 or 1; each worker scores its share of the batches."""
         self.network.eval()
-        logits, labels = [torch.zeros(0)], [torch.zeros(0)]
+        logits, labels = [torch.zeros(0, device=self.device)], [torch.zeros(0, device=self.device)]
         for table in self._share_of_validation():
-            batch = self.encoder.encode(table)
+            batch = self.encoder.encode(table).to(self.device)
             embedded = gather_batch(batch, self.tables)
             if len(batch) and batch.label is not None:
                 judged = (batch.label == 0) | (batch.label == 1)

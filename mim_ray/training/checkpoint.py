@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mim_ray import artifacts
+from mim_ray.training.collect import collective_device
 
 _KEPT = 2
 
@@ -115,7 +116,7 @@ def _place() -> tuple[int, int]:
 
 def _gather_text(text: str, world: int) -> list[str]:
     """The workers' texts, as byte tensors of one length (no pickle)."""
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    device = collective_device()
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
     dist.all_gather(sizes, torch.tensor([len(data)], device=device))

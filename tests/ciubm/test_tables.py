@@ -200,3 +200,20 @@ def test_a_table_whose_name_begins_like_another_gets_its_own_state() -> None:
     again = IdTables.from_state(tables.state())
     again.load_optimizer_state(tables.optimizer_state())
     assert [set(again[name].optimizer.slots) for name in ("feature.a", "feature.a.b")] == [{"mean", "square"}] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run `pytest -m gpu` on a machine that has one")
+@pytest.mark.parametrize("optimizer", ["adam", "rowwise_adagrad"])
+def test_a_step_on_the_gpu_equals_one_on_the_cpu(optimizer: str) -> None:
+    rows, target, behaviors = torch.arange(5), torch.tensor([0, 4]), torch.tensor([[1, 2, 4], [3, 3, 0]])
+    moved = []
+    for device in ("cpu", "cuda"):
+        tables = IdTables.create({"item": 9}, 4, seed=1, optimizer=optimizer, device=device)
+        for _ in range(3):
+            items = tables.embed({"item": rows.to(device)}, train=True)["item"]
+            of_target, of_behaviors = hand_out(items, target.to(device), behaviors.to(device))
+            (of_target.square().sum() + of_behaviors.sin().sum()).backward()
+            tables.step(0.1)
+        moved.append(tables["item"].weight.cpu())
+    assert torch.allclose(*moved, atol=1e-6)

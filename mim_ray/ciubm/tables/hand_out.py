@@ -35,6 +35,6 @@ class _HandOut(torch.autograd.Function):
         of_target, of_behaviors = gradients
         width = of_target.shape[1]
         ordered, order = torch.sort(behaviors.flatten(), stable=True)
-        starts = torch.searchsorted(ordered, torch.arange(ctx.num_items))
+        starts = torch.searchsorted(ordered, torch.arange(ctx.num_items, device=ordered.device))
         summed = embedding_bag(order, of_behaviors.reshape(-1, width), starts, mode="sum")  # (U, d), 0 of no place
         return summed.index_add_(0, target, of_target), None, None

@@ -22,6 +22,7 @@ class EmbeddingTable:
 
     Args:
         std: of the normal distribution that fills the table.
+        device: where weights and optimizer are; they start equal on every device.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class EmbeddingTable:
         optimizer: OptimizerName = "adam",
         generator: torch.Generator | None = None,
         std: float = 0.05,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.weight = torch.randn(num_rows, width, generator=generator).mul_(std)
+        self.weight = torch.randn(num_rows, width, generator=generator).mul_(std).to(device)
         self.optimizer = row_optimizer(optimizer)
         self._std = std
         self._met: list[tuple[Tensor, Tensor]] = []
@@ -57,7 +59,8 @@ class EmbeddingTable:
         if met:
             rows, gradients = summed_by_row(torch.cat([r for r, _ in met]), torch.cat([g for _, g in met]))
         else:
-            rows, gradients = torch.zeros(0, dtype=torch.int64), self.weight.new_zeros(0, self.width)
+            rows = torch.zeros(0, dtype=torch.int64, device=self.weight.device)
+            gradients = self.weight.new_zeros(0, self.width)
         rows, gradients = averaged_over_workers(rows, gradients)
         self.optimizer.move(self.weight, rows, gradients, learning_rate, weight_decay)
 
@@ -65,23 +68,34 @@ class EmbeddingTable:
         """Append rows, filled as the first ones were and with zero optimizer state, until there are `num_rows`."""
         if num_rows > len(self.weight):
             added = torch.randn(num_rows - len(self.weight), self.width, generator=generator).mul_(self._std)
-            self.weight = torch.cat([self.weight, added])
+            self.weight = torch.cat([self.weight, added.to(self.weight.device)])
             self.optimizer.grow(num_rows)
 
 
 class IdTables:
     """The tables of a CTR model by name; a Tables (face.py)."""
 
-    def __init__(self, tables: Mapping[str, EmbeddingTable], optimizer: OptimizerName = "adam") -> None:
-        self.tables, self._optimizer = dict(tables), optimizer
+    def __init__(
+        self,
+        tables: Mapping[str, EmbeddingTable],
+        optimizer: OptimizerName = "adam",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.tables, self._optimizer, self._device = dict(tables), optimizer, device
 
     @classmethod
     def create(
-        cls, num_rows: Mapping[str, int], width: int, *, seed: int, optimizer: OptimizerName = "adam"
+        cls,
+        num_rows: Mapping[str, int],
+        width: int,
+        *,
+        seed: int,
+        optimizer: OptimizerName = "adam",
+        device: torch.device | str = "cpu",
     ) -> IdTables:
         """Seeded tables of `num_rows[name]` rows each, the unknown row 0 included."""
-        tables = cls({}, optimizer)
-        tables.tables = {name: EmbeddingTable(0, width, optimizer=optimizer) for name in num_rows}
+        tables = cls({}, optimizer, device)
+        tables.tables = {name: EmbeddingTable(0, width, optimizer=optimizer, device=device) for name in num_rows}
         generator = torch.Generator().manual_seed(seed)
         for name, rows in num_rows.items():
             tables[name].grow(rows, generator=generator)
@@ -114,11 +128,11 @@ class IdTables:
         return {name: table.weight for name, table in self.tables.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take the weights of `state` (not copies) with fresh optimizers."""
+        """Take the weights of `state` (no copies where they are on this device) with fresh optimizers."""
         self.tables = {}
         for name, weight in state.items():
             self.tables[name] = EmbeddingTable(0, weight.shape[1], optimizer=self._optimizer)
-            self.tables[name].weight = weight
+            self.tables[name].weight = weight.to(self._device)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Flat tensors TABLE.SLOT and TABLE.num_steps (slots are not copies)."""
@@ -133,7 +147,7 @@ class IdTables:
         slots: dict[str, dict[str, Tensor]] = {name: {} for name in self.tables}
         for key, value in state.items():
             name, _, slot = key.rpartition(".")
-            slots[name][slot] = value
+            slots[name][slot] = value if slot == "num_steps" else value.to(self._device)
         for name, table in self.tables.items():
             table.optimizer.load_state(slots[name])
 
