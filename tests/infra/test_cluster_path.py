@@ -19,6 +19,7 @@ TINIEST = (
     "synthetic.num_image_searches=200",
     "pretraining.num_workers=1",
     "pretraining.batch_size=16",
+    "pretraining.in_driver=true",  # C-SFT runs in a Train worker
     "pretraining.vision_dda_steps=2",
     "pretraining.text_dda_steps=2",
     "pretraining.dma_steps=2",
