@@ -63,6 +63,7 @@ def test_the_peer_steps_or_says_what_to_install(modules: dict[str, ModuleType], 
 
 
 @pytest.mark.distributed
+@pytest.mark.chaos  # kills nothing, but its groups of processes take a minute to start
 def test_workers_are_counted_together(modules: dict[str, ModuleType], plan: Any) -> None:
     found = modules["ctr_training_cases"].p2_over_p1(plan)["p2_over_p1"]
     assert np.isfinite(found["value"])
