@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must no
 
 import pytest
 
-RAY_LANE = {"ciubm", "csft", "extraction", "pipeline", "pretraining"}
+RAY_LANE = {"ciubm", "csft", "extraction", "pipeline", "pretraining", "training"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -196,7 +196,7 @@ def test_missing_pairs_and_a_wrong_encoder_are_refused(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.chaos  # two minutes; `make test` kills a worker of CTR training, which has the same checkpoints
 def test_a_worker_killed_in_mid_epoch_changes_neither_rows_nor_losses(
     ray_cluster: None, scenario: Scenario, samples: str, encoder_uri: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, gloo_workers: Callable[..., list[dict[str, Any]]],
