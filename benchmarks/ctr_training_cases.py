@@ -119,7 +119,9 @@ def loader_over_step(plan: Plan) -> dict[str, Any]:
         content = Content(Snapshot.open(f"{folder}/snapshot"), items)
         encoder = ImpressionEncoder(items, users, content, plan.length)
         _write_impressions(Path(folder) / "train.parquet", plan, ids)
-        rows = RowBatches(f"{folder}/train.parquet", [*COLUMNS, "label"], plan.batch_size, seed=0)
+        rows = RowBatches(
+            f"{folder}/train.parquet", [*COLUMNS, "label"], plan.batch_size, seed=0, prepare=encoder.coded
+        )
         step = OurStep("sim", items.num_table_rows, with_content=True)
 
         def encoded(num_steps: int) -> Iterator[IndexedBatch]:

@@ -1,7 +1,8 @@
 """Impressions -> batches of indices with their content joined late (paper Section 3.4; SPEC: content is joined late).
 
-An impression carries item ids. For each batch its distinct items are looked up once: table row, category and MM
-embedding, the last from a mapped snapshot. Targets and behaviors then point into the batch's items.
+An impression carries item ids. They become numbers, a window of rows at a time. For each batch table row, category and MM
+embedding of its distinct items are looked up once, the last from a mapped snapshot. Targets and behaviors then point into
+the batch's items.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from mim_ray.representation_center.snapshot import Snapshot
 
 COLUMNS = ("user_id", "item_id", "behaviors", "timestamp", "behavior_times")
 """Columns of impressions that a prediction reads, the last two where they are there; training needs `label` too."""
+CODES = ("user_row", "item_code", "behavior_codes")
+"""What `coded` puts in the place of ids. An item's code: its row of the item table, times 2^32, plus its position in the
+ItemIndex; 0 for null."""
+_ROW_SHIFT = 32
 
 
 @dataclass(frozen=True)
@@ -118,31 +123,54 @@ class ImpressionEncoder:
             rows["user"] = len(self.users) + 1
         return rows | self.features.num_table_rows
 
+    def coded(self, table: pa.Table) -> pa.Table:
+        """Rows of the impressions table, row by row, with numbers for their ids: what takes most of `encode`'s time.
+
+        Each distinct id is looked up once, so it is cheaper for many batches at once (RowBatches' `prepare`) than for each.
+
+        Returns:
+            The same rows with CODES in the place of the columns of ids; of behaviors the newest `max_behaviors` alone.
+        """
+        start, length, values = _lists(table["behaviors"], self.max_behaviors)
+        if int(length.sum()) < len(values):
+            values = values.take(pa.array(_places(start, length)))
+        targets = _array(table["item_id"])
+        met = pa.concat_arrays([targets.cast(pa.large_string()), values.cast(pa.large_string())]).dictionary_encode()
+        position = self.items.vocabulary.encode(met.dictionary)  # (U,)
+        code = np.append(self.items.rows(met.dictionary, position) << _ROW_SHIFT | position, 0)  # the last is for null
+        codes = code[np.asarray(met.indices.fill_null(len(code) - 1))]
+        offsets = np.zeros(len(length) + 1, np.int32)
+        np.cumsum(length, out=offsets[1:])
+        columns: dict[str, pa.Array | pa.ChunkedArray] = {
+            "user_row": pa.array(self._users(table)),
+            "item_code": pa.array(codes[: len(table)]),
+            "behavior_codes": pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes[len(table) :])),
+        }
+        others = [name for name in table.column_names if name not in ("user_id", "item_id", "behaviors")]
+        return pa.table(columns | {name: table[name] for name in others})
+
     def encode(
         self, table: pa.Table, *, id_dropout: float = 0.0, generator: np.random.Generator | None = None
     ) -> IndexedBatch:
         """
         Args:
-            table: with COLUMNS and the declared features, the optional ones by choice, and `label` for training.
+            table: with COLUMNS and the declared features, the optional ones by choice, and `label` for training; or what
+                `coded` gave of it.
             id_dropout: chance that a target, and likewise a user and an impression's features, count as unknown, so that
                 the unknown rows are trained; category and content stay.
         """
+        if "item_code" not in table.column_names:
+            table = self.coded(table)
         size = len(table)
-        targets = _array(table["item_id"]).cast(pa.large_string())
-        start, length, values = _lists(table["behaviors"], self.max_behaviors)
-        met = pa.concat_arrays([targets, values.cast(pa.large_string())]).dictionary_encode()
-        position = np.append(self.items.vocabulary.encode(met.dictionary), 0)  # (U,), the last is for null ids
-        item_row = np.append(self.items.rows(met.dictionary, position[:-1]), 0)
-        order = np.argsort(item_row, kind="stable")  # tables are read and written in order
-        rank = np.empty_like(order)
-        rank[order] = np.arange(len(order))
-        position, item_row = position[order], item_row[order]
-        place = rank[np.asarray(met.indices.fill_null(len(position) - 1))]
+        _, length, behavior_codes = _lists(table["behavior_codes"], self.max_behaviors)
+        met = np.concatenate([table["item_code"].to_numpy(), behavior_codes.to_numpy()])
+        codes, place = np.unique(met, return_inverse=True)  # by row of the item table: read and written in order
+        position, item_row = codes & (2**_ROW_SHIFT - 1), codes >> _ROW_SHIFT
         longest = max(int(length.max(initial=0)), 1)
         mask = np.arange(longest) < length[:, None]  # (B, L)
         behaviors = np.zeros((size, longest), np.int64)
-        behaviors[mask] = place[size:][_places(start, length)]
-        target, user = place[:size], self._users(table)
+        behaviors[mask] = place[size:]
+        target, user = place[:size], table["user_row"].to_numpy().copy()
         without_features = None
         if id_dropout > 0 and generator is not None:
             dropped = np.flatnonzero(generator.random(size) < id_dropout)

@@ -76,6 +76,7 @@ class Trainer:
             self.seed,
             rank(),
             world_size(),
+            prepare=encoder.coded,
         )
         self.total = self.batches.steps_per_epoch * settings.num_epochs
         torch.manual_seed(self.seed)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -47,6 +47,8 @@ class RowBatches:
         source: URI of a Parquet file or a folder of them, or a list of files.
         columns: what to read; None for all.
         batch_size: B, rows per rank and step; smaller where the split has fewer rows than one batch for every rank.
+        prepare: done to the rows of a window at once when they are read. It must treat each row alone, so that a batch does
+            not depend on the window that it comes from.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class RowBatches:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        prepare: Callable[[pa.Table], pa.Table] | None = None,
     ) -> None:
         assert 0 <= rank < world
         assert batch_size > 0
@@ -67,7 +70,7 @@ class RowBatches:
         self._rank_rows = min(self.num_rows, max(1, self.num_rows // world))
         self.batch_size = max(1, min(batch_size, self._rank_rows))
         self.steps_per_epoch = self._rank_rows // self.batch_size
-        self._seed, self._rank = seed, rank
+        self._seed, self._rank, self._prepare = seed, rank, prepare
         self._windows: list[list[_Unit]] = []
         self._windows_of = -1
         self._read_windows: dict[tuple[int, int], tuple[pa.Table, np.ndarray]] = {}
@@ -111,18 +114,20 @@ class RowBatches:
                 table, order = self._window(epoch, number)
                 pieces.append(table.take(pa.array(order[low - first : high - first])))
             first += num_rows
-        return pa.concat_tables(pieces).combine_chunks()
+        return pieces[0] if len(pieces) == 1 else pa.concat_tables(pieces).combine_chunks()
 
     def _epoch(self, epoch: int, start_step: int) -> Iterator[pa.Table]:
         for step in range(start_step, self.steps_per_epoch):
             yield self.batch(epoch, step)
 
     def _window(self, epoch: int, number: int) -> tuple[pa.Table, np.ndarray]:
-        """Rows of a window as they lie in the files, and the order drawn for them."""
+        """Rows of a window as they lie in the files, prepared, and the order drawn for them."""
         if (epoch, number) not in self._read_windows:
             if len(self._read_windows) > 1:
                 self._read_windows.pop(next(iter(self._read_windows)))
-            table = pa.concat_tables([self._read(unit) for unit in self._windows[number]]).combine_chunks()
+            groups: dict[tuple[str, int], pa.Table] = {}
+            table = pa.concat_tables([self._read(unit, groups) for unit in self._windows[number]]).combine_chunks()
+            table = table if self._prepare is None else self._prepare(table)
             order = np.random.default_rng([self._seed, epoch, self._rank, number]).permutation(table.num_rows)
             self._read_windows[epoch, number] = (table, order)
         return self._read_windows[epoch, number]
@@ -140,10 +145,13 @@ class RowBatches:
             first += unit.num_rows
         return part
 
-    def _read(self, unit: _Unit) -> pa.Table:
-        with _open(unit.file) as file:
-            table = file.read_row_group(unit.row_group, columns=self._columns)
-        return table.slice(unit.start, unit.num_rows)
+    def _read(self, unit: _Unit, groups: dict[tuple[str, int], pa.Table]) -> pa.Table:
+        """Its rows; `groups` keeps the row groups of a window that were read, for units that share one."""
+        key = (unit.file, unit.row_group)
+        if key not in groups:
+            with _open(unit.file) as file:
+                groups[key] = file.read_row_group(unit.row_group, columns=self._columns)
+        return groups[key].slice(unit.start, unit.num_rows)
 
 
 def ordered_batches(

@@ -93,6 +93,59 @@ def test_unknown_categories_are_not_the_same(items: ItemIndex) -> None:
     assert torch.equal(embedded.behaviors[1, 0], expected)
 
 
+@pytest.mark.parametrize("hash_rows", [None, 7])
+def test_a_batch_of_a_coded_window_says_of_each_place_what_its_id_says(small_shop: Any, hash_rows: int | None) -> None:
+    snapshot = Snapshot.open(small_shop.snapshot)
+    ids = pa.array([*snapshot.ids.to_pylist()[:30], "without-content"])
+    codes, counts = np.arange(31) % 4 - 1, np.arange(31) % 3
+    items = ItemIndex.build(ids, codes, ["x", "y", "z"], counts, min_count=1, hash_rows=hash_rows)
+    content = Content(snapshot, items)
+    encoder = ImpressionEncoder(items, Vocabulary(pa.array(["u", "v"])), content, 4)
+    generator = np.random.default_rng(0)
+    known: list[Any] = [*ids.to_pylist(), "new", "newer", None]
+    names = [known[place] for place in generator.integers(0, len(known), 40)]
+    lists: list[Any] = [[known[place] for place in generator.integers(0, len(known), size)] for size in range(39)]
+    window = _rows(["u", "v", None, "w"] * 10, names, [*lists, None])
+    chosen = generator.permutation(40)[:16]
+    table, coded = window.take(pa.array(chosen)), encoder.coded(window).take(pa.array(chosen))
+    batch, of_coded = encoder.encode(table), encoder.encode(coded)
+    for name, values in vars(batch).items():
+        assert values is None or torch.equal(values, getattr(of_coded, name)), name
+
+    position = {name: place for place, name in enumerate(ids.to_pylist(), start=1)}
+
+    def expected(name: str | None) -> tuple[Any, ...]:
+        at = position.get(name, 0)
+        row = int(items.table_row[at]) if hash_rows is None else int(items.rows([name], np.array([at]))[0])
+        return row, int(items.category[at]), snapshot.gather(snapshot.lookup([name]))[0].tolist(), at > 0
+
+    def found(place: int) -> tuple[Any, ...]:
+        assert batch.mm is not None
+        assert batch.known is not None
+        mm = batch.mm[place].tolist()
+        return int(batch.item_row[place]), int(batch.category[place]), mm, bool(batch.known[place])
+
+    assert batch.user.tolist() == [{"u": 1, "v": 2}.get(name, 0) for name in table["user_id"].to_pylist()]
+    for row, of_row in enumerate(table.to_pylist()):
+        behaviors = (of_row["behaviors"] or [])[-4:]
+        assert batch.behavior_mask[row].tolist() == [place < len(behaviors) for place in range(4)]
+        assert found(int(batch.target[row])) == expected(of_row["item_id"])
+        assert [found(int(place)) for place in batch.behaviors[row, : len(behaviors)]] == [
+            expected(b) for b in behaviors
+        ]
+    places = torch.cat([batch.target, batch.behaviors[batch.behavior_mask]])
+    assert places.unique().tolist() == list(range(len(batch.item_row)))  # nothing that no impression shows
+    assert batch.item_row.tolist() == sorted(batch.item_row.tolist())
+
+
+def test_a_batch_may_be_empty(items: ItemIndex) -> None:
+    encoder = ImpressionEncoder(items, Vocabulary(pa.array(["u"])), None, 10)
+    batch = encoder.encode(_rows(["u"], ["a"], [["b"]]).slice(0, 0))
+    tables = IdTables.create({"item": items.num_table_rows, "category": items.num_category_rows}, 4, seed=0)
+    assert len(batch) == 0
+    assert gather_batch(batch, tables).behaviors.shape == (0, 1, 8)
+
+
 def test_vocabularies_survive_a_file(items: ItemIndex, tmp_path: Any) -> None:
     items.save(str(tmp_path))
     again = ItemIndex.load(str(tmp_path))

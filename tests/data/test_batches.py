@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -64,10 +65,34 @@ def test_skipped_windows_are_not_read(split, monkeypatch):
     monkeypatch.setattr(batches, "_WINDOW_ROWS", 2_048)
     read = []
     original = RowBatches._read
-    monkeypatch.setattr(RowBatches, "_read", lambda self, unit: read.append(unit) or original(self, unit))
+    monkeypatch.setattr(
+        RowBatches, "_read", lambda self, unit, groups: read.append(unit) or original(self, unit, groups)
+    )
     every = RowBatches(split, ["row"], 1_000, seed=0)
     list(every.epoch(0, start_step=9))
     assert sum(unit.num_rows for unit in read) < 4_000
+
+
+def test_a_window_is_prepared_once_and_its_row_groups_are_read_once(split, monkeypatch):
+    prepared, read = [], []
+    original = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda self, group, **kwargs: read.append(group) or original(self, group, **kwargs),
+    )
+
+    def numbered(table):
+        prepared.append(len(table))
+        return table.append_column("prepared", pc.add(table["row"], 1))
+
+    plain = rows_of(RowBatches(split, ["row"], 256, seed=1).epoch(0))
+    read.clear()
+    found = list(RowBatches(split, ["row"], 256, seed=1, prepare=numbered).epoch(0))
+    assert prepared == [10_000]
+    assert len(read) == 9  # 3 row groups of up to 3,000 rows and 6 of 500
+    assert rows_of(found) == plain
+    assert all(table["prepared"].to_pylist() == [row + 1 for row in table["row"].to_pylist()] for table in found)
 
 
 def test_steps_run_over_epochs_and_resume_anywhere(split):
