@@ -8,12 +8,13 @@ reaches it, everything else is equal.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, linear
 
 from mim_ray.ciubm.backbones import BackboneSettings, build_backbone
 from mim_ray.ciubm.batch import EmbeddedBatch
@@ -119,7 +120,16 @@ class CtrNetwork(nn.Module):
         return [*self.ciubm.parts(batch), *self._other(batch)]
 
     def _logits(self, parts: list[Tensor]) -> Tensor:
-        return self.network(torch.cat(parts, dim=-1)).squeeze(-1)
+        """(B,). Content is frozen: in training the first layer is two, so that no gradient is taken to its inputs."""
+        first = self.network[0]
+        trains = {part.requires_grad for part in parts}
+        if self.config.content_width is None or len(trains) == 1 or not isinstance(first, nn.Linear):
+            return self.network(torch.cat(parts, dim=-1)).squeeze(-1)
+        columns = first.weight.split([part.shape[-1] for part in parts], dim=1)
+        trained, of_trained = _joined(parts, columns, requires_grad=True)
+        frozen, of_frozen = _joined(parts, columns, requires_grad=False)
+        hidden = torch.addmm(linear(trained, of_trained, first.bias), frozen, of_frozen.t())
+        return self.network[1:](hidden).squeeze(-1)
 
     def _other(self, batch: EmbeddedBatch) -> list[Tensor]:
         count = batch.behavior_mask.sum(dim=1, keepdim=True).to(batch.target.dtype)
@@ -135,6 +145,12 @@ class CtrNetwork(nn.Module):
                 raise ValueError(f"This network was built for {name} of width {width}: the batch needs it.")
             parts.append(values)
         return parts
+
+
+def _joined(parts: Sequence[Tensor], columns: Sequence[Tensor], *, requires_grad: bool) -> tuple[Tensor, Tensor]:
+    """The inputs that require a gradient, or those that do not, and the weights of these inputs."""
+    chosen = [number for number, part in enumerate(parts) if part.requires_grad == requires_grad]
+    return torch.cat([parts[i] for i in chosen], dim=-1), torch.cat([columns[i] for i in chosen], dim=1)
 
 
 def _earlier_names(_: nn.Module, weights: dict[str, Tensor], *__: object) -> None:

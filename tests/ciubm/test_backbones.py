@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mim_ray.ciubm.backbones import NAMES, BackboneSettings, Side, WithAuxiliaryLoss, build_backbone
-from mim_ray.ciubm.backbones.attention import best, masked_softmax, newest, take
+from mim_ray.ciubm.backbones.attention import among_newest, as_mask, attend, best, masked_softmax, newest, take
 from mim_ray.ciubm.backbones.gaps import NUM_GAPS, gap_bucket
 
 B, L, D = 4, 6, 8
@@ -197,3 +197,39 @@ def test_gaps_by_hand() -> None:
 def test_unknown_backbone_is_named() -> None:
     with pytest.raises(ValueError, match="'gru4rec' is no backbone"):
         build_backbone("gru4rec", D, PLAIN)
+
+
+@pytest.mark.parametrize("heads_of_mask", [1, 3])
+def test_attend_is_a_masked_softmax_and_a_weighted_sum_with_the_same_gradients(heads_of_mask: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, behaviors = (torch.randn(4, size, 5, generator=generator, dtype=torch.float64) for size in (3, 7))
+    mask = torch.rand(4, heads_of_mask, 7, generator=generator) > 0.4
+    mask[1] = False  # nothing is real
+    behaviors[0, 0], mask[0, :, 0] = 1e30, False  # a pad of any value
+    weight = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)
+    found = []
+    for one in (attend, lambda q, h, m: torch.bmm(masked_softmax(torch.bmm(q, h.transpose(1, 2)), m), h)):
+        leaves = [values.clone().requires_grad_() for values in (query, behaviors)]
+        mixed = one(*leaves, mask)
+        found.append([mixed, *torch.autograd.grad((mixed * weight).sum(), leaves)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert found[0][0][1].abs().max() == 0
+    assert found[0][2][1].abs().max() == 0
+
+
+def test_attend_under_autocast_has_gradients_of_its_inputs_kind() -> None:
+    leaves = [torch.randn(2, size, 4).requires_grad_() for size in (1, 6)]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = attend(*leaves, torch.ones(2, 1, 6, dtype=torch.bool))
+    mixed.float().sum().backward()
+    exact = torch.bmm(torch.softmax(torch.bmm(leaves[0], leaves[1].transpose(1, 2)), dim=-1), leaves[1])
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed.float(), exact, atol=0.05, rtol=0.05)
+    assert all(leaf.grad is not None and leaf.grad.dtype == torch.float32 for leaf in leaves)
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_the_newest_as_a_mask_are_the_newest(count: int) -> None:
+    wanted = torch.rand(20, 7, generator=torch.Generator().manual_seed(count)) > 0.5
+    assert torch.equal(among_newest(wanted, count), as_mask(*newest(wanted, count), 7))

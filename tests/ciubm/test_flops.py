@@ -30,6 +30,7 @@ def test_content_adds_similarities_two_sums_and_their_inputs() -> None:
     """Frozen content needs no backward; the fusion interest's gradient goes to the ID embeddings."""
     base, mim = _count(BASE), _count(replace(BASE, content_width=WIDTH))
     similarities = content_sum = 2 * L * WIDTH
-    fusion_sum, inputs = 2 * L * D, 2 * (WIDTH + D) * HIDDEN
-    assert mim.inference - base.inference == similarities + content_sum + fusion_sum + inputs
-    assert mim.train - base.train == similarities + content_sum + 2 * fusion_sum + 3 * inputs
+    fusion_sum, content, fusion, count = 2 * L * D, 2 * WIDTH * HIDDEN, 2 * D * HIDDEN, 2 * HIDDEN
+    assert mim.inference - base.inference == similarities + content_sum + fusion_sum + content + fusion
+    frozen = 2 * content - count  # no gradient to the inputs that are content, nor to the number of behaviors
+    assert mim.train - base.train == similarities + content_sum + 2 * fusion_sum + frozen + 3 * fusion

@@ -133,3 +133,22 @@ def test_start_is_the_share_of_positives(batch: EmbeddedBatch) -> None:
     last = network.network[-1]
     torch.nn.init.zeros_(last.weight)  # type: ignore[arg-type]
     assert torch.sigmoid(network(batch)).tolist() == pytest.approx([0.2] * 3)
+
+
+def test_a_frozen_input_changes_no_gradient_of_the_first_layer() -> None:
+    config = NetworkConfig("average", id_width=4, user_width=0, content_width=3, hidden=(5,), num_histogram_bins=2)
+    torch.manual_seed(0)
+    network = CtrNetwork(config)
+    mask = torch.tensor([[True, True], [True, False]])
+    target, behaviors = torch.randn(2, 4), torch.randn(2, 2, 4)
+    content = {"target_mm": torch.randn(2, 3), "behavior_mm": torch.randn(2, 2, 3)}
+    gradients = []
+    for frozen in (True, False):
+        leaves = [target.clone().requires_grad_(), behaviors.clone().requires_grad_()]
+        batch = EmbeddedBatch(leaves[0], leaves[1], mask, mask, **content)
+        if not frozen:
+            batch = batch._replace(behavior_mm=content["behavior_mm"].clone().requires_grad_())
+        logits = network(batch)
+        gradients.append([logits, *torch.autograd.grad(logits.sum(), [*network.parameters(), *leaves])])
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)

@@ -8,6 +8,7 @@ Both are exact, and cost per behavior falls from d^2 to d times the number of he
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +45,11 @@ class TargetAttention(nn.Module):
         self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, content: Tensor | None = None
     ) -> Tensor:
         """(B, d), (B, K, e), (B, K) bool and the cosines (B, K) -> (B, d); zeros where no behavior is real."""
-        scores = torch.bmm(self.query(target), behaviors.transpose(1, 2))  # (B, H, K)
-        if self.content is not None:
-            scores = self.content(scores, content)
-        return self.joined(torch.bmm(masked_softmax(scores, behavior_mask.unsqueeze(1)), behaviors))
+        query, mask = self.query(target), behavior_mask.unsqueeze(1)
+        if self.content is None:
+            return self.joined(attend(query, behaviors, mask))
+        scores = self.content(torch.bmm(query, behaviors.transpose(1, 2)), content)  # (B, H, K)
+        return self.joined(torch.bmm(masked_softmax(scores, mask), behaviors))
 
     def query(self, target: Tensor) -> Tensor:
         """(B, H, e): its inner product with a behavior is the scaled one of the head's query and key."""
@@ -89,13 +91,48 @@ def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax(scores.masked_fill(~mask, lowest), dim=-1).masked_fill(~mask, 0.0)
 
 
-def best(scores: Tensor, wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, behaviors: Tensor, mask: Tensor) -> Tensor:
+    """Scaled queries (B, H, d), behaviors (B, L, d) as keys and values at once, mask (B, 1 or H, L) -> (B, H, d).
+
+    softmax(q · h_i) over the real behaviors weighs their sum; zeros where none is real. With one backward of its own: the
+    behaviors' gradient is a single matrix product, and what is masked has weight 0, so its gradient needs no mask.
+    """
+    mixed: Tensor = _Attend.apply(query, behaviors, mask)
+    return mixed
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, behaviors: Tensor, mask: Tensor) -> Tensor:
+        scores = torch.bmm(query, behaviors.transpose(1, 2))  # (B, H, L)
+        bound = torch.finfo(scores.dtype).max / 8
+        scores = scores.clamp(-bound, bound).sub((~mask).to(scores.dtype), alpha=2 * bound)  # faster than masked_fill
+        weights = torch.softmax(scores, dim=-1).to(scores.dtype) * mask.any(dim=-1, keepdim=True)
+        ctx.save_for_backward(query, behaviors, weights)  # of several dtypes under autocast
+        return torch.bmm(weights, behaviors)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        behaviors = ctx.saved_tensors[1]
+        query, weights, gradient = (
+            v.to(behaviors.dtype) for v in (ctx.saved_tensors[0], ctx.saved_tensors[2], gradient)
+        )
+        of_weights = torch.bmm(gradient, behaviors.transpose(1, 2))  # (B, H, L)
+        of_scores = weights * (of_weights - (weights * of_weights).sum(dim=-1, keepdim=True))
+        left = torch.cat([weights, of_scores], dim=1)  # (B, 2 H, L)
+        of_behaviors = torch.bmm(left.transpose(1, 2), torch.cat([gradient, query], dim=1))
+        return torch.bmm(of_scores, behaviors), of_behaviors, None
+
+
+def best(scores: Tensor, wanted: Tensor, count: int, *, in_order: bool = True) -> tuple[Tensor, Tensor]:
     """Indices (…, K) of the highest scores (…, L) among the wanted, best first, and True (…, K) where one was found.
+
+    Without `in_order` they come in any order, which is faster.
 
     K = min(count, L). What is not wanted, padding above all, scores -inf: no real behavior, whatever its score, can lose
     to it.
     """
-    kept, index = torch.where(wanted, scores, -math.inf).topk(min(count, scores.shape[-1]), dim=-1)
+    kept, index = torch.where(wanted, scores, -math.inf).topk(min(count, scores.shape[-1]), sorted=in_order)
     return index, kept > -math.inf
 
 
@@ -103,6 +140,12 @@ def newest(wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """As `best`, the last `count` wanted behaviors of each row, newest first."""
     position = torch.arange(wanted.shape[-1], dtype=torch.float32, device=wanted.device)
     return best(position.expand(wanted.shape), wanted, count)
+
+
+def among_newest(wanted: Tensor, count: int) -> Tensor:
+    """(B, L) True at the last `count` wanted behaviors of each row."""
+    later = wanted.sum(dim=1, keepdim=True) - wanted.cumsum(dim=1)  # wanted ones that came after
+    return wanted & (later < count)
 
 
 def as_mask(index: Tensor, found: Tensor, length: int) -> Tensor:

@@ -48,8 +48,8 @@ class Din(nn.Module):
             both = torch.cat([behaviors, behaviors * target.unsqueeze(1)], dim=-1)  # (B, L, 2 d)
             hidden = linear(both, torch.cat([of_behavior - of_difference, of_product], dim=1)) + constant.unsqueeze(1)
         else:
-            per_target = (of_behavior - of_difference) + target.unsqueeze(1) * of_product  # (B, hidden, d)
-            hidden = torch.baddbmm(constant.unsqueeze(1), behaviors, per_target.transpose(1, 2))  # (B, L, hidden)
+            per_target = (of_behavior - of_difference).t() + target.unsqueeze(2) * of_product.t()  # (B, d, hidden)
+            hidden = torch.baddbmm(constant.unsqueeze(1), behaviors, per_target)  # (B, L, hidden)
         slope, weight = self.activation.weight, self.second.weight
         scores = linear(hidden, slope * weight) + linear(hidden.relu(), (1.0 - slope) * weight, self.second.bias)
         return scores.squeeze(-1)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from mim_ray.ciubm.backbones.attention import TargetAttention, as_mask, best, newest, take
+from mim_ray.ciubm.backbones.attention import TargetAttention, among_newest, as_mask, best, newest, take
 from mim_ray.ciubm.backbones.dien import Dien
 from mim_ray.ciubm.backbones.din import Din
 from mim_ray.ciubm.backbones.face import Side
@@ -84,12 +84,16 @@ class Sim(nn.Module):
         return torch.cat([long_term, short_term], dim=-1), loss
 
     def _long_term(self, target: Tensor, behaviors: Tensor, mask: Tensor, side: Side, scores: Tensor | None) -> Tensor:
+        length = behaviors.shape[1]
+        masked = length <= _FEW * self.num_searched and self.gaps is None
+        if scores is None and masked:
+            found_mask = among_newest(mask & side.same_category, self.num_searched)
+            return self.exact(target, behaviors, found_mask, side.content)
         if scores is None:
             index, found_mask = newest(mask & side.same_category, self.num_searched)
         else:
-            index, found_mask = best(scores.detach(), mask, self.num_searched)
-        length = behaviors.shape[1]
-        if length <= _FEW * self.num_searched and self.gaps is None:
+            index, found_mask = best(scores.detach(), mask, self.num_searched, in_order=False)
+        if masked:
             return self.exact(target, behaviors, as_mask(index, found_mask, length), side.content)
         found = take(behaviors, index)
         if self.gaps is not None:

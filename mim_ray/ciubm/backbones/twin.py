@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mim_ray.ciubm.backbones.attention import TargetAttention, best, masked_softmax, take
+from mim_ray.ciubm.backbones.attention import TargetAttention, as_mask, attend, best, masked_softmax, take
 from mim_ray.ciubm.backbones.face import Side
 from mim_ray.ciubm.backbones.gaps import NUM_GAPS, gap_bucket
 
@@ -50,7 +50,8 @@ class Twin(nn.Module):
         if length > self.num_searched:
             with torch.no_grad():
                 scores = self._scores(torch.bmm(query, behaviors.transpose(1, 2)), cross, content)
-                index, found_mask = best(scores, mask, self.num_searched)  # (B, H, K): each head keeps its own
+                # (B, H, K): each head keeps its own
+                index, found_mask = best(scores, mask, self.num_searched, in_order=False)
         if length > self.num_searched * query.shape[1]:
             mask = found_mask
             behaviors = take(behaviors, index)  # (B, H, K, d)
@@ -59,7 +60,9 @@ class Twin(nn.Module):
             products = torch.matmul(behaviors, query.unsqueeze(-1)).squeeze(-1)  # (B, H, K)
         else:  # what all heads found is more than the history: mask the rest instead of copying
             if length > self.num_searched:
-                mask = mask.new_zeros(scores.shape).scatter(2, index, found_mask)  # (B, H, L)
+                mask = as_mask(index, found_mask, length)  # (B, H, L)
+            if cross is None and content is None:
+                return self.attention.joined(attend(query, behaviors, mask))
             products = torch.bmm(query, behaviors.transpose(1, 2))
         relevance = masked_softmax(self._scores(products, cross, content), mask)
         parts = [_weighted(relevance, values) for values in (behaviors, cross) if values is not None]

@@ -11,14 +11,16 @@ from torch.nn.functional import embedding_bag, pad
 def summed_by_row(rows: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     """(n,) rows with repetitions and (n, width) -> (U,) distinct ascending rows and (U, width) sums.
 
-    Sums are taken in the order of `rows`, so that equal input gives equal bits. Rows that come ascending save the sort.
+    Sums are taken in the order of `rows`, so that equal input gives equal bits. Rows that come ascending save the sort, distinct ones the sums.
     """
+    if bool((rows[1:] > rows[:-1]).all()):
+        return rows, gradients
     order = None
     if bool((rows[1:] < rows[:-1]).any()):
         rows, order = torch.sort(rows, stable=True)
     distinct, counts = torch.unique_consecutive(rows, return_counts=True)
-    if len(distinct) == len(rows):
-        return distinct, gradients if order is None else gradients.index_select(0, order)
+    if order is not None and len(distinct) == len(rows):
+        return distinct, gradients.index_select(0, order)
     if order is None:
         order = torch.arange(len(rows), device=rows.device)
     return distinct, embedding_bag(order, gradients, counts.cumsum(0).sub_(counts), mode="sum")

@@ -34,7 +34,8 @@ class _HandOut(torch.autograd.Function):
         target, behaviors = ctx.saved_tensors
         of_target, of_behaviors = gradients
         width = of_target.shape[1]
-        ordered, order = torch.sort(behaviors.flatten(), stable=True)
-        starts = torch.searchsorted(ordered, torch.arange(ctx.num_items, device=ordered.device))
+        order = torch.sort(behaviors.flatten(), stable=True)[1]
+        counts = torch.bincount(behaviors.flatten(), minlength=ctx.num_items)
+        starts = counts.cumsum(0).sub_(counts)
         summed = embedding_bag(order, of_behaviors.reshape(-1, width), starts, mode="sum")  # (U, d), 0 of no place
         return summed.index_add_(0, target, of_target), None, None
