@@ -154,6 +154,8 @@ def table(report: dict[str, Any]) -> list[str]:
                 f"({pair['pairs']} pairs); behavior model of equal widths: {pair['equal_widths'] or '-'}"
             )
             lines.append(f"  {key}.{name}: {text}")
+    for dnn, found in report["details"].get("mim_over_base_flops", {}).get("by_dnn", {}).items():
+        lines.append(f"  mim_over_base_flops of SIM, DNN {dnn}: train {found['train']}, inference {found['inference']}")
     for row in report.get("examples_per_s", []):
         lines.append("  " + "  ".join(f"{name} {value:,}" if name != "model" else value for name, value in row.items()))
     return [*lines, "", f"measured in {report['seconds']:.0f} s"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from ctr_training_sides import (
+    HIDDEN,
     NUM_CATEGORIES,
     OurStep,
     category_of,
@@ -22,12 +23,14 @@ from ctr_training_sides import (
     fuxi_step,
     indexed,
     mm_vectors,
+    network_config,
     raw_batches,
 )
 from measuring import missing_package, ratio, seconds_in_turn, seconds_of
 
 from mim_ray.ciubm.dataset import COLUMNS, Content, ImpressionEncoder, IndexedBatch, gather_batch
 from mim_ray.ciubm.flops import matrix_flops
+from mim_ray.ciubm.model import CtrNetwork, EmbeddedBatch
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 _NUM_BATCHES = 6
 _PEERS = ("din", "sim", "twin", "dien")
+_DNNS = (HIDDEN, (500, 500, 500), (128, 64))
+"""Of all cases here, of FuxiCTR's template, and this project's default."""
 
 
 def vs_fuxictr_100k(plan: Plan) -> dict[str, Any]:
@@ -62,7 +67,8 @@ def _against_fuxictr(plan: Plan, vocabulary: int) -> dict[str, Any]:
             continue
         sides = [_in_turn(OurStep(name, vocabulary, with_content=False), ours)]
         sides += [_in_turn(peer, theirs) for peer in peers]
-        mine, of_own, *of_equal = seconds_in_turn(*sides, budget_s=plan.budget_s, least=plan.least)
+        least = 2 if plan.quick and vocabulary == plan.large else plan.least
+        mine, of_own, *of_equal = seconds_in_turn(*sides, budget_s=plan.budget_s, least=least)
         pair = ratio(of_own, mine)
         found[name] = {
             "value": pair["value"],
@@ -76,22 +82,19 @@ def _against_fuxictr(plan: Plan, vocabulary: int) -> dict[str, Any]:
 
 
 def mim_over_base(plan: Plan) -> dict[str, Any]:
-    """+MIM over base: FLOPs of matrix products of the whole network, and time of a step at 100 k items."""
+    """+MIM over base: FLOPs of matrix products of the whole network, and time of a step at 100 k items.
+
+    The goals' FLOPs are those of the deep network that all cases have; other widths stand beside them.
+    """
     raw = raw_batches(_NUM_BATCHES, plan.batch_size, plan.length, plan.small)
     mm = mm_vectors(plan.small)
     base, mim = [indexed(batch, None) for batch in raw], [indexed(batch, mm) for batch in raw]
     flops, times = {}, {}
     for name in ("sim", "din"):
         steps = [OurStep(name, plan.small, with_content=content) for content in (False, True)]
-        counted = []
-        for step, batch in zip(steps, (base[0], mim[0]), strict=True):
-            assert batch.label is not None
-            counted.append(matrix_flops(step.network, gather_batch(batch, step.tables), batch.label))
-        flops[name] = {
-            "train": round(counted[1].train / counted[0].train, 3),
-            "inference": round(counted[1].inference / counted[0].inference, 3),
-            "base_mflops": [round(count / 1e6, 3) for count in counted[0]],
-        }
+        embedded = [gather_batch(batch, step.tables) for batch, step in zip((base[0], mim[0]), steps, strict=True)]
+        by_dnn = {"-".join(map(str, hidden)): _flops_ratio(name, hidden, embedded, raw[0].label) for hidden in _DNNS}
+        flops[name] = {**by_dnn["-".join(map(str, HIDDEN))], "by_dnn": by_dnn}
         of_base, of_mim = seconds_in_turn(
             _in_turn(steps[0], base), _in_turn(steps[1], mim), budget_s=plan.budget_s, least=plan.least
         )
@@ -99,6 +102,21 @@ def mim_over_base(plan: Plan) -> dict[str, Any]:
     return {
         "mim_over_base_flops": {**flops["sim"], "din": flops["din"]},
         "mim_over_base_time": {"value": times["sim"]["value"], "sim": times["sim"], "din": times["din"]},
+    }
+
+
+def _flops_ratio(
+    backbone: str, hidden: tuple[int, ...], batches: list[EmbeddedBatch], label: np.ndarray
+) -> dict[str, Any]:
+    """Of +MIM over base, for a batch of each."""
+    counted = []
+    for batch in batches:
+        network = CtrNetwork(network_config(backbone, with_content=batch.behavior_mm is not None, hidden=hidden))
+        counted.append(matrix_flops(network, batch, torch.from_numpy(label)))
+    return {
+        "train": round(counted[1].train / counted[0].train, 3),
+        "inference": round(counted[1].inference / counted[0].inference, 3),
+        "base_mflops": [round(count / 1e6, 3) for count in counted[0]],
     }
 
 
@@ -216,6 +234,8 @@ def _write_impressions(file: Path, plan: Plan, ids: list[str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from mim_ray.data.sample_files import IMPRESSION_GROUP
+
     raw = raw_batches(plan.steps, plan.batch_size, plan.length, len(ids))
     names = pa.array(ids)
     behaviors = np.concatenate([batch.behaviors.ravel() for batch in raw])
@@ -226,7 +246,7 @@ def _write_impressions(file: Path, plan: Plan, ids: list[str]) -> None:
         "behaviors": pa.ListArray.from_arrays(pa.array(offsets), names.take(pa.array(behaviors))),
         "label": pa.array(np.concatenate([batch.label for batch in raw]).astype(np.int8)),
     }
-    pq.write_table(pa.table(columns), file, row_group_size=8_192)
+    pq.write_table(pa.table(columns), file, row_group_size=IMPRESSION_GROUP)
 
 
 def _rate_of_workers(plan: Plan, workers: int) -> float:

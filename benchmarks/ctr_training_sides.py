@@ -75,13 +75,13 @@ def indexed(raw: RawBatch, mm: np.ndarray | None) -> IndexedBatch:
     )
 
 
-def network_config(backbone: str, *, with_content: bool) -> NetworkConfig:
+def network_config(backbone: str, *, with_content: bool, hidden: tuple[int, ...] = HIDDEN) -> NetworkConfig:
     return NetworkConfig(
         backbone=backbone,
         id_width=2 * DIM,
         user_width=0,
         content_width=MM_WIDTH if with_content else None,
-        hidden=HIDDEN,
+        hidden=hidden,
         num_searched=NUM_SEARCHED,
         num_short=NUM_SHORT,
     )

@@ -51,6 +51,7 @@ def test_the_cases_without_a_peer_fill_their_keys(modules: dict[str, ModuleType]
     cases = modules["ctr_training_cases"]
     flops = cases.mim_over_base(plan)
     assert 1.0 < flops["mim_over_base_flops"]["inference"] < flops["mim_over_base_flops"]["train"] * 2
+    assert set(flops["mim_over_base_flops"]["by_dnn"]) == {"512-128-64", "500-500-500", "128-64"}
     assert flops["mim_over_base_time"]["value"] > 0
     loader = cases.loader_over_step(plan)["loader_over_step"]
     assert loader["examples_per_s_with_loader"] > 0
