@@ -33,7 +33,7 @@ bench: $(STAMP)  ## measure the contrastive loss in a minute; writes runs/contra
 	$(BIN)/python benchmarks/contrastive.py --quick --json runs/contrastive.json
 
 test: $(STAMP)  ## run the tests, in two halves side by side; the second is shown when both are done
-	@mkdir -p runs; \
+	@mkdir -p runs; export OMP_NUM_THREADS=1; \
 	$(BIN)/python -m pytest -m "ray_lane and not chaos" > runs/test-ray.log 2>&1 & ray=$$!; \
 	trap "kill $$ray" INT TERM; \
 	$(BIN)/python -m pytest -m "not ray_lane and not chaos"; rest=$$?; \

@@ -148,6 +148,7 @@ def prepared(folder: Path, pool: EncoderPool, feed: bool) -> str:
     return uri
 
 
+@pytest.mark.chaos  # a minute; `make test` kills an extraction job twice in a row
 def test_a_refresh_killed_between_its_commits_and_again_at_its_end_equals_an_undisturbed_one(
     tmp_path: Path, pool: EncoderPool
 ) -> None:
