@@ -18,8 +18,8 @@ import torch
 
 from mim_ray import artifacts
 from mim_ray.ciubm.export import Ranker, load_ranker
-from mim_ray.ciubm.predict import PredictionsWriter, mean_cosines, predict
 from mim_ray.ciubm.judged_rows import TestRows
+from mim_ray.ciubm.predict import PredictionsWriter, mean_cosines, predict
 from mim_ray.config import Scenario
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.errors import DataError

@@ -14,7 +14,7 @@ from mim_ray.pipeline.reproduce.pages import Pages, markdown_rows
 from mim_ray.pipeline.reproduce.run import Outcome, Results, _scenario
 from mim_ray.pipeline.reproduce.tables import auc_table, exchange_rate, slice_table
 
-GIVEN = {"backbone": "sim", "true_styles": False, "vision": {}, "text": {}}
+GIVEN = {"backbone": "sim", "true_styles": False, "supervision": "purchase", "vision": {}, "text": {}}
 
 
 def estimate(value: float | None) -> dict[str, float | None]:
@@ -49,6 +49,18 @@ def test_tables_share_experiments() -> None:
     assert {row.experiment for rows in plan.rows.values() for row in rows} == set(names)
     assert [row.experiment for row in plan.rows["3"]].count("encoder-pretraining") == 1
     assert [row.experiment for row in plan.rows["5"]].count("encoder-pretraining") == 1
+
+
+def test_the_default_is_its_own_row_of_table_4() -> None:
+    of_default = {
+        s: [
+            row.label[:2]
+            for row in make_plan([4], [], **{**GIVEN, "supervision": s}).rows["4"]
+            if row.experiment == DEFAULT
+        ]
+        for s in ("purchase", "category")
+    }
+    assert of_default == {"purchase": ["ba", "v5"], "category": ["ba", "v1"]}
 
 
 def test_every_setting_of_an_experiment_is_one_of_the_scenario() -> None:

@@ -71,6 +71,7 @@ def make_plan(
     *,
     backbone: str,
     true_styles: bool,
+    supervision: str,
     vision: Mapping[str, str],
     text: Mapping[str, str],
 ) -> Plan:
@@ -78,6 +79,7 @@ def make_plan(
 
     Args:
         backbone: of all tables but Table 2. true_styles: the synthetic shop's styles are known.
+        supervision: that of the default experiment, which is the row of Table 4 with it.
         vision, text: towers of Figure 5, model name -> folder or `hub`.
     """
     base, mim = f"{backbone}-base", f"{backbone}-mim"
@@ -106,7 +108,7 @@ def make_plan(
             rows["3"].append(_row(title, name, mim, base, paper.TABLE_3[stage]))
         rows["3"].append(_row("+ DDA + DMA + C-SFT (MIM)", DEFAULT, mim, base, paper.MIM_AUC))
     if 4 in tables:
-        supervision = {
+        versions = {
             "v1": ("category", "cross-entropy on categories"),
             "v2": ("click-binary", "binary cross-entropy, click"),
             "v3": ("purchase-binary", "binary cross-entropy, purchase"),
@@ -114,8 +116,9 @@ def make_plan(
             "v5": ("purchase", "contrastive, purchase (MIM)"),
         }
         rows["4"] = [Row("base", DEFAULT, base, None, paper.BASE_AUC)]
-        for version, (value, title) in supervision.items():
-            name = add(f"csft-{value}", {"csft.supervision": value}, encoder=True)
+        for version, (value, title) in versions.items():
+            own = value == supervision
+            name = DEFAULT if own else add(f"csft-{value}", {"csft.supervision": value}, encoder=True)
             rows["4"].append(_row(f"{version}: {title}", name, mim, base, paper.TABLE_4[version]))
     if 5 in tables:
         without: dict[str, tuple[str, Mapping[str, Any], bool]] = {

@@ -52,6 +52,7 @@ def reproduce(
         figures,
         backbone=backbone,
         true_styles=scenario.data.root is None,
+        supervision=scenario.csft.supervision,
         vision=vision or {},
         text=text or {},
     )
