@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -107,11 +106,6 @@ def tied_ranks(score: np.ndarray) -> np.ndarray:
     ranks = np.empty(len(score))
     ranks[order] = _sorted_ranks(ordered, np.r_[True, ordered[1:] != ordered[:-1]][: len(ordered)])
     return ranks
-
-
-def is_number(value: float | None) -> bool:
-    """Whether a metric has a value."""
-    return value is not None and math.isfinite(value)
 
 
 def _sorted_ranks(ordered: np.ndarray, first: np.ndarray) -> np.ndarray:

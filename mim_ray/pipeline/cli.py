@@ -52,6 +52,26 @@ def duration_s(text: str, option: str) -> float:
     return float(match[1]) * _UNITS[match[2] or "s"]
 
 
+def pairs(values: Sequence[str], option: str, form: str, example: str) -> dict[str, str]:
+    """What an option that may be repeated says: {name: value} of each NAME=VALUE.
+
+    Args:
+        form, example: told to a user whose value is none.
+
+    Raises:
+        ConfigError: something that is no pair, or a name twice.
+    """
+    found: dict[str, str] = {}
+    for text in values:
+        name, sign, value = text.partition("=")
+        if not sign or not name or not value:
+            raise ConfigError(f"{option} {text} is not of the form {form}, for example {option} {example}.")
+        if name in found:
+            raise ConfigError(f"{option} {text}: {name} is named twice. Give another name.")
+        found[name] = value
+    return found
+
+
 @contextlib.contextmanager
 def told(stopped: str) -> Iterator[None]:
     """A user's mistake in the block is a sentence and exit status 2; Ctrl-C says `stopped`."""

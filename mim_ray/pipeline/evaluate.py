@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from mim_ray.config import Scenario, load_scenario, scenario_names
 from mim_ray.errors import ConfigError
-from mim_ray.pipeline.cli import told
+from mim_ray.pipeline.cli import pairs, told
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TAKEN = frozenset({"user", "impression", "item", "label", "popularity", "mean_cosine", "oracle"})
@@ -63,14 +63,12 @@ def compare(scenario: Scenario, given: dict[str, str], *, with_models: bool) -> 
 
 
 def _named(options: Sequence[str]) -> dict[str, str]:
-    given: dict[str, str] = {}
-    for option in options:
-        name, equals, uri = option.partition("=")
-        if not equals or not uri or _NAME.fullmatch(name) is None:
-            raise ConfigError(f"--predictions {option} is not of the form NAME=URI (letters, digits, '_', '.', '-').")
-        if name in given or name in _TAKEN:
-            raise ConfigError(f"--predictions {option}: the name {name} is taken. Give it another one.")
-        given[name] = uri
+    given = pairs(options, "--predictions", "NAME=URI", "theirs=theirs.parquet")
+    for name in given:
+        if _NAME.fullmatch(name) is None:
+            raise ConfigError(f"--predictions {name}=…: a name has letters, digits, '_', '.' and '-'.")
+        if name in _TAKEN:
+            raise ConfigError(f"--predictions {name}=…: the name {name} is taken. Give it another one.")
     return given
 
 

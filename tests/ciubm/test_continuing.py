@@ -12,8 +12,10 @@ import torch
 
 from mim_ray import artifacts
 from mim_ray.ciubm import train
-from mim_ray.ciubm.continuing import copy_later_rows, times_of
+from mim_ray.ciubm.continuing import copy_later_rows, grown_state, times_of
 from mim_ray.ciubm.export import load_ranker
+from mim_ray.ciubm.tables.optimizers import OptimizerName
+from mim_ray.ciubm.tables.replicated import IdTables
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 from mim_ray.config import Scenario
 from mim_ray.data.catalogue import Catalogue, write_catalogue
@@ -165,6 +167,22 @@ def test_rows_that_the_earlier_model_has_seen_judge_no_later_one(
     artifacts.write_json(f"{seen}/ctr.json", info)
     with pytest.raises(DataError, match=r"The test rows .* begin at .*, but .* was chosen by rows up to"):
         go_on(small_shop, f"{tmp_path}/out", seen)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rowwise_adagrad"])
+def test_grown_rows_start_as_the_unknown_one_without_history(optimizer: OptimizerName) -> None:
+    tables = IdTables.create({"item": 3}, 4, seed=0, optimizer=optimizer)
+    tables.embed({"item": torch.arange(3)}, train=True)["item"].sum().backward()
+    tables.step(0.1)
+    state = {f"tables/{name}": weight for name, weight in tables.state().items()}
+    state |= {f"table_optimizer/{name}": slot for name, slot in tables.optimizer_state().items()}
+    grown = grown_state(state, {"item": 5})
+    assert torch.equal(grown["tables/item"][:3], tables["item"].weight)
+    assert all(torch.equal(row, tables["item"].weight[0]) for row in grown["tables/item"][3:])
+    slots = [slot for key, slot in grown.items() if key.startswith("table_optimizer/") and slot.ndim]
+    assert slots
+    assert all(slot[:3].any() and len(slot) == 5 and not slot[3:].any() for slot in slots)
+    assert grown_state(state, {"item": 2})["tables/item"] is state["tables/item"]
 
 
 def test_later_rows_are_copied_in_order_without_those_at_the_limit(small_shop: Any, tmp_path: Path) -> None:

@@ -122,28 +122,6 @@ def test_state_of_an_optimizer_that_never_moved_can_be_loaded() -> None:
     assert tables["item"].optimizer.num_steps == 0
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "rowwise_adagrad"])
-def test_grown_rows_are_seeded_and_start_without_history(optimizer: OptimizerName) -> None:
-    tables = IdTables.create({"item": 3, "category": 2}, 4, seed=0, optimizer=optimizer)
-    tables.embed({"item": torch.arange(3)}, train=True)["item"].sum().backward()
-    tables.step(0.1)
-    old = tables["item"].weight.clone()
-    tables.grow({"item": 5, "category": 2}, seed=7)
-    weight = tables["item"].weight
-    assert torch.equal(weight[:3], old)
-    assert len(tables["category"].weight) == 2
-    assert not torch.equal(weight[3], weight[4])
-    assert all(not slot[3:].any() and slot[:3].any() for slot in tables["item"].optimizer.slots.values())
-    again = IdTables.from_state({"item": old, "category": torch.zeros(2, 4)})
-    again.grow({"item": 5}, seed=7)
-    assert torch.equal(again["item"].weight, weight)
-    tables.grow({"item": 7}, seed=7)
-    assert not torch.equal(tables["item"].weight[5], weight[3])
-    tables.embed({"item": torch.tensor([6])}, train=True)["item"].sum().backward()
-    tables.step(0.1)
-    assert len(tables["item"].weight) == 7
-
-
 @pytest.mark.parametrize("rows", [[4, 4, 1, 4, 0, 1], [3, 0, 2], []])
 def test_gradients_are_summed_by_row(rows: list[int]) -> None:
     gradients = torch.randn(len(rows), 3, generator=torch.Generator().manual_seed(0))

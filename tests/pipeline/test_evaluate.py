@@ -13,9 +13,9 @@ from mim_ray.pipeline import evaluate
     ("options", "told"),
     [
         (["--predictions", "mine"], "not of the form NAME=URI"),
-        (["--predictions", "../mine=x"], "not of the form NAME=URI"),
+        (["--predictions", "../mine=x"], "a name has letters"),
         (["--predictions", "popularity=x"], "the name popularity is taken"),
-        (["--predictions", "a=x", "--predictions", "a=y"], "the name a is taken"),
+        (["--predictions", "a=x", "--predictions", "a=y"], "a is named twice"),
         (["--only-predictions"], "--only-predictions needs tables"),
     ],
 )

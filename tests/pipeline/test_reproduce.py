@@ -8,7 +8,7 @@ import pytest
 
 from mim_ray.config import load_scenario
 from mim_ray.errors import ConfigError
-from mim_ray.pipeline.reproduce.cli import numbers, towers
+from mim_ray.pipeline.reproduce.cli import numbers
 from mim_ray.pipeline.reproduce.experiments import DEFAULT, Plan, make_plan
 from mim_ray.pipeline.reproduce.pages import Pages, markdown_rows
 from mim_ray.pipeline.reproduce.run import Outcome, Results, _scenario
@@ -141,9 +141,3 @@ def test_unknown_tables_are_refused(value: str, known: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="is none of"):
         numbers(value, known, "--tables")
     assert numbers(" 3,2,2 ", (2, 3), "--tables") == [2, 3]
-
-
-def test_a_tower_needs_a_folder() -> None:
-    with pytest.raises(ConfigError, match="is no MODEL=FOLDER"):
-        towers(["resnet50"], "--vision")
-    assert towers(["a/b=/c=d"], "--text") == {"a/b": "/c=d"}

@@ -45,7 +45,3 @@ class Tables(Lookup, Protocol):
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Take what `optimizer_state` gave. Call it after `load_state`."""
         ...
-
-    def grow(self, num_rows: Mapping[str, int], *, seed: int) -> None:
-        """Append seeded rows, with zero optimizer state, until each named table has `num_rows`; a larger one stays."""
-        ...

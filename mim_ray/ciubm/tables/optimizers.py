@@ -39,11 +39,6 @@ class RowOptimizer:
         self.num_steps = int(state["num_steps"])
         self.slots = {name: slot for name, slot in state.items() if name != "num_steps"}
 
-    def grow(self, num_rows: int) -> None:
-        """Append zeros to the state until it has `num_rows` rows."""
-        for name, slot in self.slots.items():
-            self.slots[name] = torch.cat([slot, slot.new_zeros(num_rows - len(slot), *slot.shape[1:])])
-
     def _slot(self, name: str, *shape: int, like: Tensor) -> Tensor:
         if name not in self.slots:
             self.slots[name] = like.new_zeros(*shape)

@@ -7,7 +7,6 @@ tables that start equal stay equal to the bit.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -37,7 +36,6 @@ class EmbeddingTable:
     ) -> None:
         self.weight = torch.randn(num_rows, width, generator=generator).mul_(std).to(device)
         self.optimizer = row_optimizer(optimizer)
-        self._std = std
         self._met: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -64,13 +62,6 @@ class EmbeddingTable:
         rows, gradients = averaged_over_workers(rows, gradients)
         self.optimizer.move(self.weight, rows, gradients, learning_rate, weight_decay)
 
-    def grow(self, num_rows: int, *, generator: torch.Generator | None = None) -> None:
-        """Append rows, filled as the first ones were and with zero optimizer state, until there are `num_rows`."""
-        if num_rows > len(self.weight):
-            added = torch.randn(num_rows - len(self.weight), self.width, generator=generator).mul_(self._std)
-            self.weight = torch.cat([self.weight, added.to(self.weight.device)])
-            self.optimizer.grow(num_rows)
-
 
 class IdTables:
     """The tables of a CTR model by name; a Tables (face.py)."""
@@ -95,10 +86,9 @@ class IdTables:
     ) -> IdTables:
         """Seeded tables of `num_rows[name]` rows each, the unknown row 0 included."""
         tables = cls({}, optimizer, device)
-        tables.tables = {name: EmbeddingTable(0, width, optimizer=optimizer, device=device) for name in num_rows}
         generator = torch.Generator().manual_seed(seed)
         for name, rows in num_rows.items():
-            tables[name].grow(rows, generator=generator)
+            tables.tables[name] = EmbeddingTable(rows, width, optimizer=optimizer, generator=generator, device=device)
         return tables
 
     @classmethod
@@ -150,15 +140,3 @@ class IdTables:
             slots[name][slot] = value if slot == "num_steps" else value.to(self._device)
         for name, table in self.tables.items():
             table.optimizer.load_state(slots[name])
-
-    def grow(self, num_rows: Mapping[str, int], *, seed: int) -> None:
-        """As Tables.grow."""
-        for name, rows in num_rows.items():
-            table = self.tables[name]
-            table.grow(rows, generator=growth_generator(seed, name, len(table.weight)))
-
-
-def growth_generator(seed: int, name: str, first_row: int) -> torch.Generator:
-    """Of the rows appended to a table from `first_row` on: another one for each table and each growth."""
-    digest = hashlib.blake2b(f"{seed}/{name}/{first_row}".encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest))

@@ -51,7 +51,7 @@ class ShardedTables:
         self.width = width
         self._build(num_rows)
         for name in self.num_rows:
-            self._fill(name, 0, seed)
+            self._fill(name, seed)
 
     def _build(self, num_rows: Mapping[str, int]) -> None:
         self.num_rows = dict(num_rows)
@@ -136,26 +136,10 @@ class ShardedTables:
             else:
                 self._square(name).copy_(found[self._range(name)])
 
-    def grow(self, num_rows: Mapping[str, int], *, seed: int) -> None:
-        """As Tables.grow. Rows move between workers a chunk at a time; for that moment both sizes take memory."""
-        old, old_sizes = self._module, self.num_rows
-        weights = {name: self._weight(name) for name in old_sizes}
-        squares = {name: self._square(name) for name in old_sizes}
-        self._build({name: max(rows, num_rows.get(name, 0)) for name, rows in old_sizes.items()})
-        for name, rows in old_sizes.items():
-            for source, target in ((weights[name], self._weight(name)), (squares[name], self._square(name))):
-                kept = self._range(name)
-                for start, chunk in _chunks(source, rows):
-                    first, last = max(start, kept.start), min(start + len(chunk), kept.stop)
-                    if first < last:
-                        target[first - kept.start : last - kept.start] = chunk[first - start : last - start]
-            self._fill(name, rows, seed)
-        del old
-
-    def _fill(self, name: str, first_row: int, seed: int) -> None:
-        """Draw this worker's rows from `first_row` on; what is drawn depends on the row, not on the workers."""
+    def _fill(self, name: str, seed: int) -> None:
+        """Draw this worker's rows; what is drawn depends on the row, not on the workers."""
         kept, weight = self._range(name), self._weight(name)
-        for start in range(first_row, self.num_rows[name], _CHUNK_ROWS):
+        for start in range(0, self.num_rows[name], _CHUNK_ROWS):
             stop = min(start + _CHUNK_ROWS, self.num_rows[name])
             first, last = max(start, kept.start), min(stop, kept.stop)
             if first < last:

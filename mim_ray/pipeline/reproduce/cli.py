@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mim_ray.config import load_scenario, scenario_names
 from mim_ray.errors import ConfigError
-from mim_ray.pipeline.cli import told
+from mim_ray.pipeline.cli import pairs, told
 
 TABLES = (1, 2, 3, 4, 5, 6, 7)
 FIGURES = (5, 6)
@@ -23,7 +23,8 @@ def main(doc: str | None, argv: Sequence[str] | None = None) -> None:
         figures = numbers(args.figures, FIGURES, "--figures")
         if not tables and not figures:
             raise ConfigError("Nothing is asked for. Name --tables or --figures.")
-        vision, text = towers(args.vision, "--vision"), towers(args.text, "--text")
+        vision = pairs(args.vision, "--vision", "MODEL=FOLDER", "resnet50=/models/resnet50")
+        text = pairs(args.text, "--text", "MODEL=FOLDER", "BAAI/bge-base-en-v1.5=/models/bge")
         scenario = load_scenario(args.config, args.overrides)
         from mim_ray.pipeline.reproduce.reproduce import reproduce
 
@@ -49,21 +50,6 @@ def numbers(value: str, known: Sequence[int], option: str) -> list[int]:
     if unknown:
         raise ConfigError(f"{option} {value}: {', '.join(unknown)} is none of {', '.join(map(str, known))}.")
     return sorted({int(part) for part in parts})
-
-
-def towers(values: Sequence[str], option: str) -> dict[str, str]:
-    """MODEL=FOLDER pairs.
-
-    Raises:
-        ConfigError: something that is no such pair.
-    """
-    found = {}
-    for value in values:
-        model, sign, folder = value.partition("=")
-        if not sign or not model or not folder:
-            raise ConfigError(f"{option} {value} is no MODEL=FOLDER, for example --vision resnet50=/models/resnet50.")
-        found[model] = folder
-    return found
 
 
 def _parser(doc: str | None) -> argparse.ArgumentParser:
