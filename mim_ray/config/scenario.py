@@ -523,6 +523,12 @@ class Serving(Section):
     """A larger request is refused before it is parsed."""
     max_queued_requests: Positive = 200
     """Beyond that: 503."""
+    similar_items: bool = True
+    """Answer /v1/similar and /v1/search/image; each machine then keeps an index of the snapshot."""
+    exact_search_rows: Positive = 50_000
+    """Snapshots of at most so many items are searched exactly, larger ones through an index."""
+    search_recall: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """Share of the true ten nearest items that the index must find, measured when it is built."""
     window_s: PositiveFloat = 10.0
     """New items are folded into the Delta table this often (paper 3.5, RIM)."""
 

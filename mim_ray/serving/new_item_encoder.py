@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
 from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
@@ -37,6 +38,7 @@ from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import fold, segment_rows
 from mim_ray.serving.limits import check_exposure, guarded
 from mim_ray.serving.messages import EncodedItem, Health, NewItem, NewItemsRequest, NewItemsResponse, Problem, Ready
+from mim_ray.serving.query_encoder import QueryEncoder
 from mim_ray.serving.served import Served
 
 logger = logging.getLogger("ray.serve")
@@ -227,11 +229,17 @@ class NewItemReplica:
         _check_encoder(served, encoder.encoder_version)
         push = None if machines.state is None else ParameterClient(machines.state, machines).push
         self._encoder = NewItemEncoder(encoder, served.center, limits, push=push)
+        self._queries = QueryEncoder(encoder, limits)
         self._serving = serving
         self._folding = WindowFolding(served.center, serving.window_s)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return new_item_api(self._encoder, self._serving)
+
+    async def embed_query(self, image: bytes | None, title: str | None) -> tuple[np.ndarray, str]:
+        """For the ranking app's /v1/search/image: the query's vector (D,), and this encoder's version."""
+        vector = await run_in_threadpool(self._queries.embed, image, title)
+        return vector, self._encoder.encoder_version
 
 
 def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> Application:

@@ -33,6 +33,8 @@ from mim_ray.serving.limits import check_count, check_exposure, guarded
 from mim_ray.serving.messages import Health, Problem, RankedItem, RankRequest, RankResponse, Ready
 from mim_ray.serving.request_context import context_table
 from mim_ray.serving.served import Served
+from mim_ray.serving.similar import SimilarItems
+from mim_ray.serving.similar_routes import Embed, add_similar_routes
 
 FOLLOW_EVERY_S = 0.1  # how often new items are looked for
 MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
@@ -152,8 +154,14 @@ class RankingService:
         return [item for _, item in kept], [time for time, _ in kept], len(behaviors) - len(past)
 
 
-def ranking_api(service: RankingService, serving: Serving) -> ASGIApp:
-    """The HTTP face of a service, with its limits."""
+def ranking_api(
+    service: RankingService, serving: Serving, similar: SimilarItems | None = None, embed: Embed | None = None
+) -> ASGIApp:
+    """The HTTP face of a service, with its limits.
+
+    Args:
+        similar, embed: as of `add_similar_routes`.
+    """
     app = FastAPI(title="mim_ray ranking", summary="Candidates of a user by click probability.")
     problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 413, 422, 503)}
 
@@ -178,6 +186,7 @@ def ranking_api(service: RankingService, serving: Serving) -> ASGIApp:
             default_features=dict(service.default_features),
         )
 
+    add_similar_routes(app, similar, embed)
     return guarded(app, serving.max_body_bytes)
 
 
@@ -187,10 +196,13 @@ class RankingReplica:
     def __init__(self, served: Served, serving: Serving) -> None:
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
         self._service = RankingService.open(served, serving)
+        self._similar = None
+        if serving.similar_items:
+            self._similar = SimilarItems.open(served, serving, self._service.model.items)
         self._serving = serving
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return ranking_api(self._service, self._serving)
+        return ranking_api(self._service, self._serving, self._similar)
 
 
 def bind_ranking(scenario: Scenario, served: Served | None = None) -> Application:

@@ -45,6 +45,26 @@ def test_a_never_seen_item_is_posted_and_then_ranked_with_its_content(url, pictu
     assert rank(url, "new-mug")["encoder_version"] == posted.json()["items"][0]["encoder_version"]
 
 
+def test_a_new_item_is_found_by_its_picture_and_beside_similar_items(url, picture):
+    image = base64.b64encode(picture(11)).decode()
+    body = {"item_id": "new-sock", "title": "striped sock", "image": image, "category": "socks"}
+    assert requests.post(f"{url}/v1/items", json=body, timeout=20).status_code == 200
+    deadline = time.monotonic() + 15
+    while (answer := requests.get(f"{url}/v1/similar/new-sock?top_k=3", timeout=20)).status_code != 200:
+        assert answer.status_code in (404, 503), answer.text
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.1)
+    assert len(answer.json()["items"]) == 3
+    search = {"image": image, "title": "striped sock", "top_k": 1}
+    answer = requests.post(f"{url}/v1/search/image", json=search, timeout=20)
+    assert answer.status_code == 200, answer.text
+    (found,) = answer.json()["items"]
+    assert (found["item_id"], found["category"]) == ("new-sock", "socks")
+    assert found["similarity"] == pytest.approx(1, abs=1e-3)
+    bad = requests.post(f"{url}/v1/search/image", json={"image": "aGVsbG8="}, timeout=20)
+    assert (bad.status_code, "Send a JPEG" in bad.json()["error"]) == (422, True), "the encoder's own sentence"
+
+
 def test_new_items_are_folded_into_the_delta_table_once(url, shared_run):
     body = {"items": [{"item_id": f"folded-{row}", "title": f"thing {row}"} for row in range(3)]}
     assert requests.post(f"{url}/v1/items", json=body, timeout=20).status_code == 200
