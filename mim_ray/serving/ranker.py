@@ -7,6 +7,7 @@ Ray Serve application.
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -31,12 +32,15 @@ from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.serving.behavior_store import BehaviorStore
 from mim_ray.serving.limits import check_count, check_exposure, guarded
 from mim_ray.serving.messages import Health, Problem, RankedItem, RankRequest, RankResponse, Ready
+from mim_ray.serving.metrics import Metrics, counted
+from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
 from mim_ray.serving.request_context import context_table
 from mim_ray.serving.served import Served
 from mim_ray.serving.similar import SimilarItems
 from mim_ray.serving.similar_routes import Embed, add_similar_routes
 
 FOLLOW_EVERY_S = 0.1  # how often new items are looked for
+RANK = "/v1/rank"
 MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
 
 
@@ -53,7 +57,13 @@ class RankingService:
     """
 
     def __init__(
-        self, model: Ranker, embeddings: ParameterStore, behaviors: BehaviorStore, *, max_candidates: int
+        self,
+        model: Ranker,
+        embeddings: ParameterStore,
+        behaviors: BehaviorStore,
+        *,
+        max_candidates: int,
+        release: int | None = None,
     ) -> None:
         self.model = model
         self.embeddings = embeddings
@@ -62,6 +72,14 @@ class RankingService:
         self.default_features: Counter[str] = Counter()
         self._counting = threading.Lock()
         self.model_version = f"{model.variant}-{artifacts.fingerprint(model.info)[:12]}"
+        self.metrics = Metrics(
+            "ranking",
+            model_version=self.model_version,
+            encoder_version=model.encoder_version,
+            release=release,
+            capacity=MAX_ONGOING_REQUESTS,
+        )
+        self.metrics.watch_store(embeddings)
 
     @classmethod
     def open(cls, served: Served, serving: Serving) -> RankingService:
@@ -79,7 +97,7 @@ class RankingService:
         )
         embeddings.start(every_s=FOLLOW_EVERY_S)
         behaviors = BehaviorStore.open(served.behaviors)
-        return cls(model, embeddings, behaviors, max_candidates=serving.max_candidates)
+        return cls(model, embeddings, behaviors, max_candidates=serving.max_candidates, release=served.release)
 
     def rank(self, request: RankRequest) -> RankResponse:
         """
@@ -101,10 +119,15 @@ class RankingService:
         timestamp = round((request.timestamp or datetime.now(UTC)).timestamp() * 1e6)
         behaviors, times, num_future = self._history(request, timestamp)
         has_content = np.zeros(len(candidates), bool)
+        scoring, looking_s = time.perf_counter(), 0.0
 
         def multi_get(ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray, Sequence[str | None]]:
+            nonlocal looking_s
+            looking = time.perf_counter()
             vectors, found, categories = self.embeddings.multi_get(ids)
             has_content[:] = found[len(behaviors) :]
+            looking_s += time.perf_counter() - looking
+            self.metrics.embeddings(vectors[len(behaviors) :][has_content])
             return vectors, found, categories.to_pylist()
 
         prob = self.model.score(
@@ -116,10 +139,18 @@ class RankingService:
             timestamp=timestamp,
             context=context,
         )  # (C,)
+        self.metrics.stage(RANK, "lookup", looking_s)
+        self.metrics.stage(RANK, "network", time.perf_counter() - scoring - looking_s)
         if not np.isfinite(prob).all():
             raise FloatingPointError("the CTR model gave a probability that is no number")
         position = self.model.items.vocabulary.encode(candidates)
         unknown = self.model.items.rows(candidates, position) == 0  # (C,)
+        self.metrics.ranked(
+            candidates=len(candidates),
+            unknown=int(unknown.sum()),
+            without_content=int((~has_content).sum()),
+            default_features=absent,
+        )
         order = np.argsort(-prob, kind="stable")[: request.top_k]
         return RankResponse(
             request_id=uuid.uuid4().hex,
@@ -165,9 +196,10 @@ def ranking_api(
     app = FastAPI(title="mim_ray ranking", summary="Candidates of a user by click probability.")
     problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 413, 422, 503)}
 
-    @app.post("/v1/rank", responses=problems)
+    @app.post(RANK, responses=problems)
     def rank(request: RankRequest) -> RankResponse:
         """Rank candidates for a user. Unknown users and items are scored too, by what is known."""
+        service.metrics.parsed(RANK)
         return service.rank(request)
 
     @app.get("/healthz")
@@ -187,7 +219,8 @@ def ranking_api(
         )
 
     add_similar_routes(app, similar, embed)
-    return guarded(app, serving.max_body_bytes)
+    add_metrics_routes(app, service.metrics)
+    return counted(guarded(app, serving.max_body_bytes), app, service.metrics)
 
 
 class RankingReplica:
@@ -199,6 +232,8 @@ class RankingReplica:
         self._similar = None
         if serving.similar_items:
             self._similar = SimilarItems.open(served, serving, self._service.model.items)
+            self._service.metrics.watch("mim_ray_index_recall", self._similar.recall)
+        self._reporter = Reporter(self._service.metrics)
         self._serving = serving
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -84,11 +84,10 @@ class SimilarItems:
         similar.start()
         return similar
 
-    @property
-    def recall(self) -> float | None:
-        """Share of the true nearest items that is found, measured when the index was built; None until it is there."""
+    def recall(self) -> float:
+        """Share of the true nearest items that is found, measured when the index was built; 0 until it is there."""
         searched = self._searched
-        return None if searched is None else searched.nearest.recall
+        return 0.0 if searched is None else searched.nearest.recall
 
     def start(self) -> None:
         """Build the index in a thread, and again when the store shows another snapshot."""

@@ -6,6 +6,7 @@ The encoder is asked through its Serve handle, so that this app imports none and
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
@@ -14,13 +15,14 @@ from fastapi import FastAPI, HTTPException, Path, Query
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ConfigDict, Field
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from mim_ray.errors import ConfigError, RequestError, UnavailableError
-from mim_ray.runtime.cluster import user_error
 from mim_ray.serving.messages import MAX_ID_CHARS, Base64Bytes, Message, Problem
 from mim_ray.serving.similar import Neighbor, SimilarItems
 
+logger = logging.getLogger("ray.serve")
 ENCODER_APP = "new_item_encoder"  # name of its Serve application
 ENCODER_DEADLINE_S = 5.0
 RETRY_AFTER_S = 2
@@ -126,16 +128,15 @@ def encoder_app(name: str = ENCODER_APP, deadline_s: float = ENCODER_DEADLINE_S)
         try:
             if not handles:
                 handles.append(await run_in_threadpool(serve.get_app_handle, name))
-            return await asyncio.wait_for(handles[0].embed_query.remote(image, title), deadline_s)
-        except Exception as error:
-            refused = user_error(error)
-            if isinstance(refused, RequestError):
-                raise refused from None
-            if not isinstance(error, RayServeException | TimeoutError | ConnectionError) and refused is None:
-                raise
+            answer = await asyncio.wait_for(handles[0].embed_query.remote(image, title), deadline_s)
+        except (RayServeException, RayError, TimeoutError) as error:
+            logger.warning("no answer of the app %s: %s", name, type(error).__name__)
             raise UnavailableError(
                 "The new-item encoder, which reads pictures and texts to search with, does not answer. Try again."
             ) from None
+        if isinstance(answer, RequestError):
+            raise answer
+        return answer
 
     return embed
 

@@ -128,7 +128,7 @@ def test_the_thread_builds_and_follows_a_switch_of_snapshots(similar, small_run,
     monkeypatch.setattr("mim_ray.serving.similar._LOOK_EVERY_S", 0.02)
     similar.start()
     try:
-        wait_until(lambda: similar.recall == 1.0)
+        wait_until(lambda: similar.recall() == 1.0)
         vectors = vectors_of(small_run)
         table = EmbeddingTable(f"{small_run.root}/center/table")
         rows = segment_rows(["later"], vectors["i3"][None], content_hashes=["1" * 32], content_at=[datetime.now(UTC)])
