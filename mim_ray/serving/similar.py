@@ -31,6 +31,7 @@ from mim_ray.serving.served import Served
 
 logger = logging.getLogger("ray.serve")
 FOLLOW_EVERY_S = 1.0  # how often new items are looked for
+LOOK_AGAIN_S = 0.1  # for an item that is not known; so often at most
 _LOOK_EVERY_S = 1.0  # whether the store shows another snapshot
 _NICENESS = 10  # of the thread that builds: requests come first
 
@@ -123,6 +124,9 @@ class SimilarItems:
         """
         searched = self._now()
         found = searched.lookup.get([item_id])
+        if not found.found[0] and searched.lookup.behind_s > LOOK_AGAIN_S:  # posted a moment ago?
+            searched.lookup.refresh()
+            found = searched.lookup.get([item_id])
         if not found.matrix[0].any():
             if found.found[0] or self._catalogue.vocabulary.encode([item_id])[0]:
                 raise RequestError(
