@@ -420,6 +420,9 @@ class Ciubm(Workers):
     content_norm: Literal["sum", "mean", "log"] = "mean"
     """Eqs. 7-8 as written (sum), divided by the number of behaviors, or by the logarithm of it. The mean was the best on
     validation of every data set (docs/ciubm.md)."""
+    content_projection: Count = 32
+    """MM vectors in Eq. 9 that are more than twice as wide are mapped to this width (learnt, linear) before the deep network,
+    whose first layer they are most of otherwise. 0: never, as the paper writes it."""
     content_attention: bool = False
     """SA-TA (MUSE): the attention of DIN, SIM and TWIN is told of the cosines to the target."""
     missing_content: bool = False
