@@ -169,9 +169,9 @@ class Ranker:
             tables: of each seed, in the place of this ranker's own.
         """
         total = np.zeros(len(batch.target))
-        for (network, own), given in zip(self.models, tables or [None] * len(self.models), strict=True):
-            embedded = gather_batch(batch, own if given is None else given)
-            total += torch.sigmoid(network(embedded).double()).numpy()
+        given = [own for _, own in self.models] if tables is None else tables
+        for (network, _), of_seed in zip(self.models, given, strict=True):
+            total += torch.sigmoid(network(gather_batch(batch, of_seed)).double()).numpy()
         return total / len(self.models)
 
     def of_seed(self, index: int) -> Ranker:
