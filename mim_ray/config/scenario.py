@@ -528,6 +528,8 @@ class Serving(Section):
     """Beyond that: 503."""
     window_s: PositiveFloat = 10.0
     """New items are folded into the Delta table this often (paper 3.5, RIM)."""
+    follow_release_s: PositiveFloat = 2.0
+    """How often a replica looks whether another release was promoted."""
 
 
 class Maintenance(Section):
