@@ -35,7 +35,7 @@ from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import fold, segment_rows
-from mim_ray.serving.limits import check_exposure, guarded
+from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded
 from mim_ray.serving.messages import EncodedItem, Health, NewItem, NewItemsRequest, NewItemsResponse, Problem, Ready
 from mim_ray.serving.served import Served
 
@@ -190,7 +190,7 @@ def new_item_api(encoder: NewItemEncoder, serving: Serving) -> ASGIApp:
         """The encoder is loaded, and which."""
         return Ready(status="ready", encoder_version=encoder.encoder_version)
 
-    return guarded(app, serving.max_body_bytes)
+    return guarded(app, serving)
 
 
 class WindowFolding:
@@ -243,8 +243,7 @@ def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> A
     Raises:
         MimRayError: the run is not finished, versions do not match, or strangers could call.
     """
-    serving = scenario.serving
-    check_exposure(serving)
+    serving = check_exposure(scenario.serving)
     served = Served.of(scenario) if served is None else served
     _check_encoder(served, artifacts.read_json(f"{served.encoder}/encoder.json").get("encoder_version"))
     deployment = serve.deployment(
@@ -252,6 +251,7 @@ def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> A
         num_replicas=serving.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=serving.max_queued_requests,
+        backpressure_config=FULL_QUEUE,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
     )(serve.ingress()(NewItemReplica))
     return deployment.bind(served, scenario.data, serving, scenario.machines)
