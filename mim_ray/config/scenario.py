@@ -527,6 +527,8 @@ class Serving(Section):
     """A body with more strings, numbers, lists and objects is refused before it is parsed."""
     max_queued_requests: Positive = 200
     """Beyond that: 503, with Retry-After."""
+    decode_timeout_s: PositiveFloat = 10.0
+    """Pictures of one request that take longer to decode, all together, are refused, and their decoder is ended."""
     keys_file: str | None = None
     """API keys, a local file on every node (python -m mim_ray.serving.keys new). With keys, every caller needs one. More may
     be in the environment variable MIM_RAY_API_KEYS."""
