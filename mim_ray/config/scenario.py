@@ -524,8 +524,19 @@ class Serving(Section):
     """More in one request is a 4xx."""
     max_body_bytes: Positive = 12_000_000
     """A larger request is refused before it is parsed."""
+    body_timeout_s: PositiveFloat = 10.0
+    """A body that has not arrived by then is not waited for."""
+    max_json_values: Positive = 100_000
+    """A body with more strings, numbers, lists and objects is refused before it is parsed."""
     max_queued_requests: Positive = 200
-    """Beyond that: 503."""
+    """Beyond that: 503, with Retry-After."""
+    decode_timeout_s: PositiveFloat = 10.0
+    """Pictures of one request that take longer to decode, all together, are refused, and their decoder is ended."""
+    keys_file: str | None = None
+    """API keys, a local file on every node (python -m mim_ray.serving.keys new). With keys, every caller needs one. More may
+    be in the environment variable MIM_RAY_API_KEYS."""
+    require_keys: bool = False
+    """Refuse to start without keys. Always so where others than this machine can reach the app."""
     window_s: PositiveFloat = 10.0
     """New items are folded into the Delta table this often (paper 3.5, RIM)."""
     follow_release_s: PositiveFloat = 2.0

@@ -30,7 +30,7 @@ from mim_ray.representation_center.parameter_store import ParameterStore
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.serving.behavior_store import BehaviorStore
-from mim_ray.serving.limits import check_count, check_exposure, guarded
+from mim_ray.serving.limits import FULL_QUEUE, check_count, check_exposure, guarded
 from mim_ray.serving.loaded import Loaded, LocalRows
 from mim_ray.serving.messages import Health, Problem, RankedItem, RankRequest, RankResponse, Ready
 from mim_ray.serving.request_context import context_table
@@ -208,7 +208,7 @@ def ranking_api(service: RankingService, serving: Serving) -> ASGIApp:
             refused=service.rollout.refused,
         )
 
-    return guarded(app, serving.max_body_bytes)
+    return guarded(app, serving)
 
 
 class RankingReplica:
@@ -238,8 +238,7 @@ def bind_ranking(scenario: Scenario, served: Served | None = None) -> Applicatio
     Raises:
         MimRayError: the run is not finished, versions do not match, or strangers could call.
     """
-    serving = scenario.serving
-    check_exposure(serving)
+    serving = check_exposure(scenario.serving)
     follow = scenario if served is None else None
     served = Served.for_ranking(scenario) if served is None else served
     found = Snapshot.open(served.snapshot, verify=False).encoder_version
@@ -251,6 +250,7 @@ def bind_ranking(scenario: Scenario, served: Served | None = None) -> Applicatio
         num_replicas=serving.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=serving.max_queued_requests,
+        backpressure_config=FULL_QUEUE,
         ray_actor_options={"num_cpus": serving.cpus_per_replica},
     )(serve.ingress()(RankingReplica))
     return deployment.bind(served, serving, scenario.machines, follow)

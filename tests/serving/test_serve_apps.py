@@ -93,7 +93,7 @@ def test_parallel_requests_agree_with_one_alone(url):
     assert len({answer["request_id"] for answer in answers}) == 40
 
 
-def test_the_fast_proxy_is_refused_without_authentication(shared_run, monkeypatch):
+def test_the_fast_proxy_is_refused_without_keys(shared_run, monkeypatch):
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    with pytest.raises(ConfigError, match="listen on all interfaces"):
+    with pytest.raises(ConfigError, match="listen on all interfaces, and there are no API keys"):
         local.start(shared_run.scenario)
