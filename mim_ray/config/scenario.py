@@ -525,6 +525,14 @@ class Serving(Section):
     """Beyond that: 503."""
     window_s: PositiveFloat = 10.0
     """New items are folded into the Delta table this often (paper 3.5, RIM)."""
+    fold_events_s: PositiveFloat = 300.0
+    """Posted events, and exposures, are folded into Parquet files this often."""
+    live_behaviors_days: PositiveFloat = 7.0
+    """A ranking replica that starts reads this many days of posted events back. Longer than the time between two runs of
+    jobs/build_samples.py."""
+    max_live_behaviors: Positive = 1_000_000
+    """Behaviors from posted events that a replica keeps in memory, about 250 bytes each; those of users without recent events
+    go first."""
 
 
 class Maintenance(Section):

@@ -29,7 +29,9 @@ from mim_ray.representation_center.parameter_store import ParameterStore
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.serving.behavior_store import BehaviorStore
+from mim_ray.serving.events import add_event_routes
 from mim_ray.serving.limits import check_count, check_exposure, guarded
+from mim_ray.serving.live_behaviors import LiveBehaviors
 from mim_ray.serving.messages import Health, Problem, RankedItem, RankRequest, RankResponse, Ready
 from mim_ray.serving.request_context import context_table
 from mim_ray.serving.served import Served
@@ -51,7 +53,12 @@ class RankingService:
     """
 
     def __init__(
-        self, model: Ranker, embeddings: ParameterStore, behaviors: BehaviorStore, *, max_candidates: int
+        self,
+        model: Ranker,
+        embeddings: ParameterStore,
+        behaviors: BehaviorStore | LiveBehaviors,
+        *,
+        max_candidates: int,
     ) -> None:
         self.model = model
         self.embeddings = embeddings
@@ -76,7 +83,7 @@ class RankingService:
             encoder_version=model.encoder_version,
         )
         embeddings.start(every_s=FOLLOW_EVERY_S)
-        behaviors = BehaviorStore.open(served.behaviors)
+        behaviors = LiveBehaviors.open(served.behaviors, served.center, serving, model.max_behaviors)
         return cls(model, embeddings, behaviors, max_candidates=serving.max_candidates)
 
     def rank(self, request: RankRequest) -> RankResponse:
@@ -161,6 +168,9 @@ def ranking_api(service: RankingService, serving: Serving) -> ASGIApp:
     def rank(request: RankRequest) -> RankResponse:
         """Rank candidates for a user. Unknown users and items are scored too, by what is known."""
         return service.rank(request)
+
+    if isinstance(service.behaviors, LiveBehaviors):
+        add_event_routes(app, service.behaviors)
 
     @app.get("/healthz")
     async def healthz() -> Health:
