@@ -127,6 +127,12 @@ class RowLog:
                     yield only_segments(rows, names, wanted)
                 taken |= wanted
 
+    def first_hour(self) -> datetime | None:
+        """Begin of the hour of the oldest rows; None where there are none."""
+        hours = [_hour_ns(uri) for uri in artifacts.list_files(f"{self.uri}/folded", ".parquet")[:1]]
+        hours += [segment_time(name) // HOUR_NS * HOUR_NS for name in list(self._segments())[:1]]
+        return datetime.fromtimestamp(min(hours) / 1e9, UTC) if hours else None
+
     def fold(self, keep_s: float = KEEP_S, wait_s: float = 0.0) -> FoldedRows:
         """Bring the segments that are older than `keep_s` into Parquet files, then delete them. Several processes may do so.
 
