@@ -13,10 +13,9 @@ from __future__ import annotations
 import logging
 import random
 import threading
-import weakref
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from operator import itemgetter
 from typing import NamedTuple
@@ -27,6 +26,7 @@ import pyarrow as pa
 from mim_ray import artifacts
 from mim_ray.config.scenario import Samples, Serving
 from mim_ray.data.event_log import is_in
+from mim_ray.serving.background import repeat
 from mim_ray.serving.behavior_store import BehaviorStore
 from mim_ray.serving.events import event_log
 from mim_ray.serving.row_log import RowLog
@@ -145,12 +145,9 @@ class LiveBehaviors:
 
     def start(self, follow_every_s: float, fold_every_s: float) -> None:
         """Follow the log, and fold it, in threads that end with `stop` or when nobody holds this object any more."""
-        me = weakref.ref(self)
-        for name, every_s, work in (
-            ("follow-events", lambda: follow_every_s, LiveBehaviors.refresh),
-            ("fold-events", lambda: fold_every_s * random.uniform(0.2, 0.3), lambda it: _fold(it, fold_every_s)),
-        ):
-            threading.Thread(target=_repeat, args=(me, self._stop, every_s, work, name), daemon=True, name=name).start()
+        repeat(self, self._stop, "follow-events", lambda: follow_every_s, LiveBehaviors.refresh)
+        often = lambda: fold_every_s * random.uniform(0.2, 0.3)  # noqa: E731 - replicas drift apart
+        repeat(self, self._stop, "fold-events", often, lambda live: live._log.fold(wait_s=fold_every_s))
 
     def stop(self) -> None:
         self._stop.set()
@@ -201,32 +198,6 @@ def rules_of(behaviors: str) -> Samples:
     """The settings with which the samples beside `behaviors` were made."""
     manifest = artifacts.read_manifest(behaviors.rpartition("/")[0])
     return Samples() if manifest is None else Samples.model_validate(manifest.scenario.get("samples", {}))
-
-
-def _fold(live: LiveBehaviors, every_s: float) -> None:
-    live._log.fold(wait_s=every_s)
-
-
-def _repeat(
-    owner: weakref.ref[LiveBehaviors],
-    stop: threading.Event,
-    every_s: Callable[[], float],
-    work: Callable[[LiveBehaviors], None],
-    name: str,
-) -> None:
-    failing = False
-    while not stop.wait(every_s()):
-        live = owner()
-        if live is None:
-            return
-        try:
-            work(live)
-            failing = False
-        except Exception:  # storage may fail for a while: nothing is lost, the next round does it
-            if not failing:
-                logger.exception("%s failed; it is tried again, and this is told once", name)
-            failing = True
-        del live
 
 
 def _without_repeats(items: list[str]) -> list[str]:

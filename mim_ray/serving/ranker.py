@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from operator import itemgetter
 from typing import Any
@@ -35,6 +35,7 @@ from mim_ray.serving.live_behaviors import LiveBehaviors
 from mim_ray.serving.messages import Health, Problem, RankedItem, RankRequest, RankResponse, Ready
 from mim_ray.serving.request_context import context_table
 from mim_ray.serving.served import Served
+from mim_ray.serving.traffic import Traffic, arms_of
 
 FOLLOW_EVERY_S = 0.1  # how often new items are looked for
 MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
@@ -69,8 +70,13 @@ class RankingService:
         self.model_version = f"{model.variant}-{artifacts.fingerprint(model.info)[:12]}"
 
     @classmethod
-    def open(cls, served: Served, serving: Serving) -> RankingService:
+    def open(
+        cls, served: Served, serving: Serving, behaviors: BehaviorStore | LiveBehaviors | None = None
+    ) -> RankingService:
         """
+        Args:
+            behaviors: open ones, shared with another service.
+
         Raises:
             ArtifactError: something is missing or damaged.
             VersionMismatchError: the CTR model was trained on another encoder version's embeddings.
@@ -83,7 +89,8 @@ class RankingService:
             encoder_version=model.encoder_version,
         )
         embeddings.start(every_s=FOLLOW_EVERY_S)
-        behaviors = LiveBehaviors.open(served.behaviors, served.center, serving, model.max_behaviors)
+        if behaviors is None:
+            behaviors = LiveBehaviors.open(served.behaviors, served.center, serving, model.max_behaviors)
         return cls(model, embeddings, behaviors, max_candidates=serving.max_candidates)
 
     def rank(self, request: RankRequest) -> RankResponse:
@@ -159,15 +166,19 @@ class RankingService:
         return [item for _, item in kept], [time for time, _ in kept], len(behaviors) - len(past)
 
 
-def ranking_api(service: RankingService, serving: Serving) -> ASGIApp:
-    """The HTTP face of a service, with its limits."""
+def ranking_api(service: RankingService, serving: Serving, traffic: Traffic | None = None) -> ASGIApp:
+    """The HTTP face of a service, with its limits.
+
+    Args:
+        traffic: deals users out to the arms of an A/B test, and logs what was shown.
+    """
     app = FastAPI(title="mim_ray ranking", summary="Candidates of a user by click probability.")
     problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 413, 422, 503)}
 
     @app.post("/v1/rank", responses=problems)
     def rank(request: RankRequest) -> RankResponse:
         """Rank candidates for a user. Unknown users and items are scored too, by what is known."""
-        return service.rank(request)
+        return service.rank(request) if traffic is None else traffic.rank(request, service)
 
     if isinstance(service.behaviors, LiveBehaviors):
         add_event_routes(app, service.behaviors)
@@ -194,13 +205,15 @@ def ranking_api(service: RankingService, serving: Serving) -> ASGIApp:
 class RankingReplica:
     """One process that serves `ranking_api`."""
 
-    def __init__(self, served: Served, serving: Serving) -> None:
+    def __init__(self, served: Served, serving: Serving, arms: Mapping[str, Served]) -> None:
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
-        self._service = RankingService.open(served, serving)
+        self._service = service = RankingService.open(served, serving)
         self._serving = serving
+        other = lambda served: RankingService.open(served, serving, service.behaviors)  # noqa: E731
+        self._traffic = Traffic.open(serving, served, arms, other)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return ranking_api(self._service, self._serving)
+        return ranking_api(self._service, self._serving, self._traffic)
 
 
 def bind_ranking(scenario: Scenario, served: Served | None = None) -> Application:
@@ -215,10 +228,9 @@ def bind_ranking(scenario: Scenario, served: Served | None = None) -> Applicatio
     serving = scenario.serving
     check_exposure(serving)
     served = Served.of(scenario) if served is None else served
-    found = Snapshot.open(served.snapshot, verify=False).encoder_version
-    trained_on = artifacts.read_json(f"{served.ctr}/ctr.json").get("encoder_version")
-    if trained_on is not None:
-        check_versions(trained_on, found, expected_by=f"The CTR model {served.ctr}", found_in=served.snapshot)
+    arms = arms_of(scenario, served)
+    for one in (served, *arms.values()):
+        _check_model(one)
     deployment = serve.deployment(
         name="Ranking",
         num_replicas=serving.num_replicas,
@@ -226,4 +238,11 @@ def bind_ranking(scenario: Scenario, served: Served | None = None) -> Applicatio
         max_queued_requests=serving.max_queued_requests,
         ray_actor_options={"num_cpus": serving.cpus_per_replica},
     )(serve.ingress()(RankingReplica))
-    return deployment.bind(served, serving)
+    return deployment.bind(served, serving, arms)
+
+
+def _check_model(served: Served) -> None:
+    found = Snapshot.open(served.snapshot, verify=False).encoder_version
+    trained_on = artifacts.read_json(f"{served.ctr}/ctr.json").get("encoder_version")
+    if trained_on is not None:
+        check_versions(trained_on, found, expected_by=f"The CTR model {served.ctr}", found_in=served.snapshot)

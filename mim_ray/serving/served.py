@@ -6,16 +6,16 @@ serve run serve.ranking:app config=tiny run.root=/data/runs/tiny serving.variant
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from mim_ray import artifacts
 from mim_ray.config import Scenario, load_scenario
-from mim_ray.config.scenario import ENCODER_FOLDERS
+from mim_ray.config.scenario import ENCODER_FOLDERS, Arm
 from mim_ray.errors import ArtifactError, ConfigError
-from mim_ray.representation_center.release import Release, read_release
+from mim_ray.representation_center.release import Release, read_release, releases
 
 
 class AppArgs(BaseModel):
@@ -63,6 +63,20 @@ class Served:
         """
         release = read_release(_center(scenario))
         return cls.of_run(scenario) if release is None else cls._of_release(scenario, release)
+
+    @classmethod
+    def of_arm(cls, scenario: Scenario, arm: Arm, current: Served) -> Served:
+        """What an arm of an A/B test serves.
+
+        Raises:
+            ArtifactError: there is no release of that number. ConfigError: as `of`.
+        """
+        if arm.release is not None:
+            found = [release for release in releases(_center(scenario)) if release.number == arm.release]
+            if not found:
+                raise ArtifactError(f"There is no release {arm.release}. `jobs/promote.py list` shows those there are.")
+            return cls._of_release(scenario, found[0])
+        return current if arm.variant is None else replace(current, ctr=f"{_root(scenario)}/ctr/{arm.variant}")
 
     @classmethod
     def of_run(cls, scenario: Scenario) -> Served:

@@ -18,14 +18,13 @@ import pytest
 
 from mim_ray.serving.events import event_log, read_events
 
-# A replica as the ranking app has one, without a model: it stores, follows and folds, the latter as often as it can.
+# A replica as the ranking app has one, without a model: it stores, follows and folds, the latter every quarter second.
 REPLICA = """
 import sys, threading, time
 from datetime import UTC, datetime
 import uvicorn
 from fastapi import FastAPI
 from mim_ray.config.scenario import Samples
-from mim_ray.serving import live_behaviors
 from mim_ray.serving.events import add_event_routes, event_log
 from mim_ray.serving.live_behaviors import LiveBehaviors
 from mim_ray.serving.limits import guarded
@@ -36,8 +35,9 @@ class NoStore:
 
 live = LiveBehaviors(NoStore(), event_log(sys.argv[1]), Samples(), max_behaviors=10**6, max_live_behaviors=10**6)
 live.load(datetime(2026, 1, 1, tzinfo=UTC))
-live_behaviors._fold = lambda live, every_s: live._log.fold(keep_s=0.3)
-live.start(0.02, 0.1)
+fold = live._log.fold
+live._log.fold = lambda wait_s: fold(keep_s=0.3)
+live.start(0.02, 1.0)
 app = FastAPI()
 add_event_routes(app, live)
 

@@ -170,15 +170,15 @@ def test_a_replica_that_starts_reads_the_last_days_back_and_folded_ones_too(make
 
 
 def test_an_opened_one_follows_the_log_until_it_is_stopped(make, samples, tmp_path):
-    writer = make()
+    writer, before = make(), set(threading.enumerate())
     opened = LiveBehaviors.open(str(samples / "behaviors"), f"{tmp_path}/center", Serving(), 50)
     writer.store(table(event("new", "c", 3_000)))
     deadline = time.monotonic() + 10
     while opened.history("new")[0] != ["c"]:
         assert time.monotonic() < deadline, "it does not follow"
         time.sleep(0.01)
-    threads = [thread for thread in threading.enumerate() if thread.name in ("follow-events", "fold-events")]
-    assert threads
+    threads = set(threading.enumerate()) - before
+    assert {thread.name for thread in threads} == {"follow-events", "fold-events"}
     opened.stop()
     for thread in threads:
         thread.join(10)
@@ -192,9 +192,9 @@ def test_threads_end_when_nobody_holds_it_any_more(make):
     threads = set(threading.enumerate()) - before
     gone = weakref.ref(live)
     del live
+    gc.collect()
     for thread in threads:
         thread.join(10)
-        gc.collect()
         assert not thread.is_alive()
     assert gone() is None
 
