@@ -133,6 +133,8 @@ class RankResponse(Message):
     )
 
     request_id: str
+    arm: str | None = None
+    """The user's arm of the A/B test; null where there is none."""
     items: list[RankedItem]
     num_behaviors: int
     """Past items that the ranking looked at."""

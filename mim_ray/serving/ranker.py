@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from operator import itemgetter
@@ -30,12 +31,15 @@ from mim_ray.representation_center.parameter_store import ParameterStore
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.serving.behavior_store import BehaviorStore
+from mim_ray.serving.events import add_event_routes
 from mim_ray.serving.limits import FULL_QUEUE, check_count, check_exposure, guarded
+from mim_ray.serving.live_behaviors import LiveBehaviors
 from mim_ray.serving.loaded import Loaded, LocalRows
 from mim_ray.serving.messages import Health, Problem, RankedItem, RankRequest, RankResponse, Ready
 from mim_ray.serving.request_context import context_table
 from mim_ray.serving.rollout import Rollout, open_first
 from mim_ray.serving.served import Served
+from mim_ray.serving.traffic import Traffic, arms_of
 
 MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
 
@@ -52,7 +56,9 @@ class RankingService:
         degraded_answers: how many answers lacked content or rows of tables.
     """
 
-    def __init__(self, rollout: Rollout[Loaded], behaviors: BehaviorStore, *, max_candidates: int) -> None:
+    def __init__(
+        self, rollout: Rollout[Loaded], behaviors: BehaviorStore | LiveBehaviors, *, max_candidates: int
+    ) -> None:
         self.rollout = rollout
         self.behaviors = behaviors
         self.max_candidates = max_candidates
@@ -62,12 +68,18 @@ class RankingService:
 
     @classmethod
     def open(
-        cls, served: Served, serving: Serving, machines: ParameterMachines | None = None, follow: Scenario | None = None
+        cls,
+        served: Served,
+        serving: Serving,
+        machines: ParameterMachines | None = None,
+        follow: Scenario | None = None,
+        behaviors: BehaviorStore | LiveBehaviors | None = None,
     ) -> RankingService:
         """
         Args:
             machines: needed where `served` is on parameter machines.
             follow: serve what is current in this scenario, now and later; `served` where it cannot be served now.
+            behaviors: open ones, shared with another service.
 
         Raises:
             ArtifactError: something is missing or damaged.
@@ -81,7 +93,9 @@ class RankingService:
             rollout = Rollout(open_first(read, served, open_release), read, open_release)
             rollout.check()
             rollout.start(serving.follow_release_s)
-        behaviors = BehaviorStore.open(served.behaviors)
+        if behaviors is None:
+            newest = rollout.current.model.max_behaviors
+            behaviors = LiveBehaviors.open(served.behaviors, served.center, serving, newest)
         return cls(rollout, behaviors, max_candidates=serving.max_candidates)
 
     @property
@@ -179,15 +193,22 @@ class RankingService:
         return [item for _, item in kept], [time for time, _ in kept], len(behaviors) - len(past)
 
 
-def ranking_api(service: RankingService, serving: Serving) -> ASGIApp:
-    """The HTTP face of a service, with its limits."""
+def ranking_api(service: RankingService, serving: Serving, traffic: Traffic | None = None) -> ASGIApp:
+    """The HTTP face of a service, with its limits.
+
+    Args:
+        traffic: deals users out to the arms of an A/B test, and logs what was shown.
+    """
     app = FastAPI(title="mim_ray ranking", summary="Candidates of a user by click probability.")
     problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 413, 422, 503)}
 
     @app.post("/v1/rank", responses=problems)
     def rank(request: RankRequest) -> RankResponse:
         """Rank candidates for a user. Unknown users and items are scored too, by what is known."""
-        return service.rank(request)
+        return service.rank(request) if traffic is None else traffic.rank(request, service)
+
+    if isinstance(service.behaviors, LiveBehaviors):
+        add_event_routes(app, service.behaviors)
 
     @app.get("/healthz")
     async def healthz() -> Health:
@@ -220,13 +241,16 @@ class RankingReplica:
         serving: Serving,
         machines: ParameterMachines | None = None,
         follow: Scenario | None = None,
+        arms: Mapping[str, Served] | None = None,
     ) -> None:
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
-        self._service = RankingService.open(served, serving, machines, follow)
+        self._service = service = RankingService.open(served, serving, machines, follow)
         self._serving = serving
+        other = lambda served: RankingService.open(served, serving, machines, None, service.behaviors)  # noqa: E731
+        self._traffic = Traffic.open(serving, served, arms or {}, other)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return ranking_api(self._service, self._serving)
+        return ranking_api(self._service, self._serving, self._traffic)
 
 
 def bind_ranking(scenario: Scenario, served: Served | None = None) -> Application:
@@ -241,10 +265,9 @@ def bind_ranking(scenario: Scenario, served: Served | None = None) -> Applicatio
     serving = check_exposure(scenario.serving)
     follow = scenario if served is None else None
     served = Served.for_ranking(scenario) if served is None else served
-    found = Snapshot.open(served.snapshot, verify=False).encoder_version
-    trained_on = artifacts.read_json(f"{served.ctr}/ctr.json").get("encoder_version")
-    if trained_on is not None:
-        check_versions(trained_on, found, expected_by=f"The CTR model {served.ctr}", found_in=served.snapshot)
+    arms = arms_of(scenario, served)
+    for one in (served, *arms.values()):
+        _check_model(one)
     deployment = serve.deployment(
         name="Ranking",
         num_replicas=serving.num_replicas,
@@ -253,4 +276,11 @@ def bind_ranking(scenario: Scenario, served: Served | None = None) -> Applicatio
         backpressure_config=FULL_QUEUE,
         ray_actor_options={"num_cpus": serving.cpus_per_replica},
     )(serve.ingress()(RankingReplica))
-    return deployment.bind(served, serving, scenario.machines, follow)
+    return deployment.bind(served, serving, scenario.machines, follow, arms)
+
+
+def _check_model(served: Served) -> None:
+    found = Snapshot.open(served.snapshot, verify=False).encoder_version
+    trained_on = artifacts.read_json(f"{served.ctr}/ctr.json").get("encoder_version")
+    if trained_on is not None:
+        check_versions(trained_on, found, expected_by=f"The CTR model {served.ctr}", found_in=served.snapshot)

@@ -62,6 +62,19 @@ def test_new_items_are_folded_into_the_delta_table_once(url, shared_run):
     assert all(not item["no_content"] for item in rank(url, "folded-0", "folded-1", "folded-2")["items"])
 
 
+def test_the_next_ranking_of_a_user_sees_a_posted_event(url):
+    body = {"user_id": "clicker", "candidates": ["i1", "i2"]}
+    assert requests.post(f"{url}/v1/rank", json=body, timeout=20).json()["num_behaviors"] == 0
+    event = {"user_id": "clicker", "item_id": "i7", "event": "click"}
+    answers = [
+        requests.post(f"{url}/v1/events", json=event, headers={"Idempotency-Key": "click-1"}, timeout=20)
+        for _ in range(2)
+    ]
+    assert answers[0].status_code == 200, answers[0].text
+    assert answers[0].json() == answers[1].json()
+    assert requests.post(f"{url}/v1/rank", json=body, timeout=20).json()["num_behaviors"] == 1
+
+
 def test_the_encoder_replica_gets_the_share_of_a_gpu_that_it_asks_for(url):
     assert ray.cluster_resources()["GPU"] == 1, "the session's Ray pretends to have one"
     assert ray.available_resources()["GPU"] == 0.5
