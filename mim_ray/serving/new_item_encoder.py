@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 from mim_ray import artifacts
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import Data, ParameterMachines, Serving
-from mim_ray.data.transforms import BadImage, clean_title, content_hash, decode_image
+from mim_ray.data.transforms import BadImage, clean_title, content_hash
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch, load_for_tables
 from mim_ray.errors import ArtifactError, RequestError
 from mim_ray.representation_center.known_content import KnownContent
@@ -34,9 +34,10 @@ from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import segment_rows
-from mim_ray.serving.limits import check_exposure, guarded
+from mim_ray.serving.decoding import ImageDecoder, TimeLeft
+from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded
 from mim_ray.serving.messages import EncodedItem, Health, NewItem, NewItemsRequest, NewItemsResponse, Problem, Ready
-from mim_ray.serving.metrics import Metrics, counted
+from mim_ray.serving.metrics import Metrics, Versions, counted
 from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
 from mim_ray.serving.query_encoder import QueryEncoder
 from mim_ray.serving.served import Served
@@ -71,9 +72,18 @@ class NewItemEncoder:
         center: URI with the table and the window.
         limits: what pictures and titles are taken.
         push: sends what was stored to the parameter machines; without it they find it in the window.
+        decode_timeout_s: for the pictures of one request.
     """
 
-    def __init__(self, encoder: ItemEncoder, center: str, limits: Data, *, push: Push | None = None) -> None:
+    def __init__(
+        self,
+        encoder: ItemEncoder,
+        center: str,
+        limits: Data,
+        *,
+        push: Push | None = None,
+        decode_timeout_s: float = 10.0,
+    ) -> None:
         if encoder.encoder_version is None:
             raise ArtifactError("The encoder has no version: save it, and load it from there.")
         self.encoder_version = encoder.encoder_version
@@ -81,6 +91,8 @@ class NewItemEncoder:
         self._window = f"{center}/window"
         self._limits = limits
         self._push = push
+        self._decoder = ImageDecoder.shared(limits.max_image_bytes, limits.max_image_pixels)
+        self._decode_timeout_s = decode_timeout_s
         self._known = KnownContent(
             EmbeddingTable(f"{center}/table"),
             self._window,
@@ -96,7 +108,8 @@ class NewItemEncoder:
             RequestError: a picture that cannot be used, an item without content, an id twice, a time in the future.
         """
         now = datetime.now(UTC)
-        contents = [self._check(item, place, now) for place, item in enumerate(request.items)]
+        left = TimeLeft(self._decode_timeout_s)
+        contents = [self._check(item, place, now, left) for place, item in enumerate(request.items)]
         ids = [content.item_id for content in contents]
         if len(set(ids)) < len(ids):
             raise RequestError("An item_id occurs twice in this request. Send each item once.", 422)
@@ -120,7 +133,7 @@ class NewItemEncoder:
             ]
         )
 
-    def _check(self, item: NewItem, place: int, now: datetime) -> _Content:
+    def _check(self, item: NewItem, place: int, now: datetime, left: TimeLeft) -> _Content:
         title = clean_title(item.title, self._limits.max_title_chars)
         if title is None and not item.image:
             raise RequestError(f"items[{place}] has neither an image nor a title. Send at least one of them.", 422)
@@ -130,17 +143,17 @@ class NewItemEncoder:
             raise RequestError(f"items[{place}].content_at {text}", 422)
         pixels = None
         if item.image:
-            pixels = self._decode(item.image, place)
+            pixels = self._decode(item.image, place, left)
         category = (item.category or "").partition("|")[0].strip() or None
         return _Content(item.item_id, title, pixels, category, content_hash(title, item.image or None), content_at)
 
-    def _decode(self, image: bytes, place: int) -> np.ndarray:
+    def _decode(self, image: bytes, place: int, left: TimeLeft) -> np.ndarray:
         limits = self._limits
         try:
-            return decode_image(image, self._encoder.picture, limits.max_image_bytes, limits.max_image_pixels)
+            return self._decoder.decode(image, self._encoder.picture, left)
         except BadImage as error:
             raise RequestError(
-                f"items[{place}].image: {error.reason} ({error.detail[:200]}). Send a JPEG, PNG or WebP file of at most "
+                f"items[{place}].image: {error.reason} ({error.detail[:200]}). Send a JPEG, PNG, WebP or GIF file of at most "
                 f"{limits.max_image_bytes:,} bytes and {limits.max_image_pixels:,} pixels.",
                 422,
             ) from None
@@ -169,7 +182,7 @@ class NewItemEncoder:
 
 def new_item_api(encoder: NewItemEncoder, serving: Serving, metrics: Metrics | None = None) -> ASGIApp:
     """The HTTP face of an encoder, with its limits. All paths begin with /v1/items, so that another app may have the rest."""
-    metrics = Metrics(APP, encoder_version=encoder.encoder_version) if metrics is None else metrics
+    metrics = Metrics(APP, lambda: Versions(None, encoder.encoder_version)) if metrics is None else metrics
     app = FastAPI(
         title="mim_ray new items",
         summary="New items become rankable.",
@@ -199,7 +212,7 @@ def new_item_api(encoder: NewItemEncoder, serving: Serving, metrics: Metrics | N
         return Ready(status="ready", encoder_version=encoder.encoder_version)
 
     add_metrics_routes(app, metrics, path="/v1/items/metrics")
-    return counted(guarded(app, serving.max_body_bytes), app, metrics)
+    return counted(guarded(app, serving), app, metrics)
 
 
 class NewItemReplica:
@@ -211,13 +224,14 @@ class NewItemReplica:
         encoder = load_for_tables(served.encoder, "cuda" if on_gpu else "cpu")
         _check_encoder(served, encoder.encoder_version)
         push = None if machines.state is None else ParameterClient(machines.state, machines).push
-        self._encoder = NewItemEncoder(encoder, served.center, limits, push=push)
-        self._queries = QueryEncoder(encoder, limits)
+        self._encoder = NewItemEncoder(
+            encoder, served.center, limits, push=push, decode_timeout_s=serving.decode_timeout_s
+        )
+        self._queries = QueryEncoder(encoder, limits, decode_timeout_s=serving.decode_timeout_s)
         self._serving = serving
         self._folding = WindowFolding(served.center, serving.window_s)
-        self._metrics = Metrics(
-            APP, encoder_version=encoder.encoder_version, release=served.release, capacity=MAX_ONGOING_REQUESTS
-        )
+        versions = Versions(None, encoder.encoder_version, served.release)
+        self._metrics = Metrics(APP, lambda: versions, MAX_ONGOING_REQUESTS)
         self._metrics.watch("mim_ray_fold_age_seconds", self._folding.age_s)
         self._reporter = Reporter(self._metrics)
 
@@ -242,8 +256,7 @@ def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> A
     Raises:
         MimRayError: the run is not finished, versions do not match, or strangers could call.
     """
-    serving = scenario.serving
-    check_exposure(serving)
+    serving = check_exposure(scenario.serving)
     served = Served.of(scenario) if served is None else served
     _check_encoder(served, artifacts.read_json(f"{served.encoder}/encoder.json").get("encoder_version"))
     deployment = serve.deployment(
@@ -251,6 +264,7 @@ def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> A
         num_replicas=serving.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=serving.max_queued_requests,
+        backpressure_config=FULL_QUEUE,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
     )(serve.ingress()(NewItemReplica))
     return deployment.bind(served, scenario.data, serving, scenario.machines)

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
+from mim_ray.config.scenario import Serving
 from mim_ray.errors import ConfigError
 from mim_ray.pipeline.layout import Layout
 from mim_ray.pipeline.serve_run import TOP_K, requests_to_try
@@ -96,6 +97,19 @@ def test_new_items_are_folded_into_the_delta_table_once(url, shared_run):
     rows = DeltaTable(f"{shared_run.root}/center/table").to_pyarrow_table(columns=["item_id", "origin"]).to_pylist()
     assert [row["origin"] for row in rows if row["item_id"].startswith("folded-")] == ["realtime"] * 3
     assert all(not item["no_content"] for item in rank(url, "folded-0", "folded-1", "folded-2")["items"])
+
+
+def test_the_next_ranking_of_a_user_sees_a_posted_event(url):
+    body = {"user_id": "clicker", "candidates": ["i1", "i2"]}
+    assert requests.post(f"{url}/v1/rank", json=body, timeout=20).json()["num_behaviors"] == 0
+    event = {"user_id": "clicker", "item_id": "i7", "event": "click"}
+    answers = [
+        requests.post(f"{url}/v1/events", json=event, headers={"Idempotency-Key": "click-1"}, timeout=20)
+        for _ in range(2)
+    ]
+    assert answers[0].status_code == 200, answers[0].text
+    assert answers[0].json() == answers[1].json()
+    assert requests.post(f"{url}/v1/rank", json=body, timeout=20).json()["num_behaviors"] == 1
 
 
 def test_the_encoder_replica_gets_the_share_of_a_gpu_that_it_asks_for(url):
@@ -183,7 +197,7 @@ class Counting:
             return os.getpid()
 
         add_metrics_routes(app, metrics, path="/counting/metrics")
-        return counted(guarded(app, 1_000), app, metrics)
+        return counted(guarded(app, Serving()), app, metrics)
 
 
 @pytest.fixture
@@ -242,7 +256,7 @@ def test_the_printed_requests_work_when_pasted(url, shared_run, tmp_path):
     assert len(json.loads((tmp_path / "new_item.json").read_text())["image"]) > 100, "a real picture"
 
 
-def test_the_fast_proxy_is_refused_without_authentication(shared_run, monkeypatch):
+def test_the_fast_proxy_is_refused_without_keys(shared_run, monkeypatch):
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    with pytest.raises(ConfigError, match="listen on all interfaces"):
+    with pytest.raises(ConfigError, match="listen on all interfaces, and there are no API keys"):
         local.start(shared_run.scenario)
