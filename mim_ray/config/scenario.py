@@ -554,6 +554,12 @@ class Serving(Section):
     be in the environment variable MIM_RAY_API_KEYS."""
     require_keys: bool = False
     """Refuse to start without keys. Always so where others than this machine can reach the app."""
+    similar_items: bool = True
+    """Answer /v1/similar and /v1/search/image; each machine then keeps an index of the snapshot."""
+    exact_search_rows: Positive = 50_000
+    """Snapshots of at most so many items are searched exactly, larger ones through an index."""
+    search_recall: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """Share of the true ten nearest items that the index must find, measured when it is built."""
     window_s: PositiveFloat = 10.0
     """New items are folded into the Delta table this often (paper 3.5, RIM)."""
     follow_release_s: PositiveFloat = 2.0

@@ -7,8 +7,6 @@ into the Delta table every `serving.window_s`. `NewItemEncoder` is plain Python,
 
 from __future__ import annotations
 
-import logging
-import random
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
 from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
@@ -34,13 +33,17 @@ from mim_ray.representation_center.parameter_client import ParameterClient
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
-from mim_ray.representation_center.updates import fold, segment_rows
+from mim_ray.representation_center.updates import segment_rows
 from mim_ray.serving.decoding import ImageDecoder, TimeLeft
 from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded
 from mim_ray.serving.messages import EncodedItem, Health, NewItem, NewItemsRequest, NewItemsResponse, Problem, Ready
+from mim_ray.serving.metrics import Metrics, counted
+from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
+from mim_ray.serving.query_encoder import QueryEncoder
 from mim_ray.serving.served import Served
+from mim_ray.serving.window_folding import WindowFolding
 
-logger = logging.getLogger("ray.serve")
+APP = "new_item_encoder"
 MAX_CLOCK_SKEW = timedelta(minutes=5)
 MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
 
@@ -177,8 +180,9 @@ class NewItemEncoder:
         self._known.add(rows)
 
 
-def new_item_api(encoder: NewItemEncoder, serving: Serving) -> ASGIApp:
+def new_item_api(encoder: NewItemEncoder, serving: Serving, metrics: Metrics | None = None) -> ASGIApp:
     """The HTTP face of an encoder, with its limits. All paths begin with /v1/items, so that another app may have the rest."""
+    metrics = Metrics(APP, encoder_version=encoder.encoder_version) if metrics is None else metrics
     app = FastAPI(
         title="mim_ray new items",
         summary="New items become rankable.",
@@ -191,7 +195,11 @@ def new_item_api(encoder: NewItemEncoder, serving: Serving) -> ASGIApp:
     @app.post("/v1/items", responses=problems)
     def items(request: NewItemsRequest) -> NewItemsResponse:
         """Encode one item, or a batch under `items`. Answers when they are durable; the same content again is a no-op."""
-        return encoder.encode(request)
+        metrics.parsed("/v1/items")
+        answer = encoder.encode(request)
+        changed = sum(item.changed for item in answer.items)
+        metrics.encoded(changed=changed, unchanged=len(answer.items) - changed)
+        return answer
 
     @app.get("/v1/items/healthz")
     async def healthz() -> Health:
@@ -203,31 +211,8 @@ def new_item_api(encoder: NewItemEncoder, serving: Serving) -> ASGIApp:
         """The encoder is loaded, and which."""
         return Ready(status="ready", encoder_version=encoder.encoder_version)
 
-    return guarded(app, serving)
-
-
-class WindowFolding:
-    """A thread that folds the window into the Delta table every `window_s`. Each replica has one: folding is safe beside
-    others, and goes on when a replica dies."""
-
-    def __init__(self, center: str, window_s: float) -> None:
-        self._center, self._window_s = center, window_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="window-folding")
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Finish the round that runs, and start none."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        table = EmbeddingTable(f"{self._center}/table")
-        while not self._stop.wait(self._window_s * random.uniform(0.8, 1.2)):  # replicas drift apart
-            try:
-                fold(f"{self._center}/window", table)
-            except Exception:  # storage may fail for a while: nothing is lost, the next round folds it
-                logger.exception("the window could not be folded; it is tried again in %.0f s", self._window_s)
+    add_metrics_routes(app, metrics, path="/v1/items/metrics")
+    return counted(guarded(app, serving), app, metrics)
 
 
 class NewItemReplica:
@@ -242,11 +227,25 @@ class NewItemReplica:
         self._encoder = NewItemEncoder(
             encoder, served.center, limits, push=push, decode_timeout_s=serving.decode_timeout_s
         )
+        self._queries = QueryEncoder(encoder, limits)
         self._serving = serving
         self._folding = WindowFolding(served.center, serving.window_s)
+        self._metrics = Metrics(
+            APP, encoder_version=encoder.encoder_version, release=served.release, capacity=MAX_ONGOING_REQUESTS
+        )
+        self._metrics.watch("mim_ray_fold_age_seconds", self._folding.age_s)
+        self._reporter = Reporter(self._metrics)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return new_item_api(self._encoder, self._serving)
+        return new_item_api(self._encoder, self._serving, self._metrics)
+
+    async def embed_query(self, image: bytes | None, title: str | None) -> tuple[np.ndarray, str] | RequestError:
+        """For the ranking app's /v1/search/image: the query's vector (D,) and this encoder's version, or why it has none."""
+        try:
+            vector = await run_in_threadpool(self._queries.embed, image, title)
+        except RequestError as error:  # raised, Serve would log it as a fault of ours
+            return error
+        return vector, self._encoder.encoder_version
 
 
 def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> Application:

@@ -7,9 +7,10 @@ Ray Serve application.
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from operator import itemgetter
@@ -34,13 +35,18 @@ from mim_ray.serving.behavior_store import BehaviorStore
 from mim_ray.serving.events import add_event_routes
 from mim_ray.serving.limits import FULL_QUEUE, check_count, check_exposure, guarded
 from mim_ray.serving.live_behaviors import LiveBehaviors
-from mim_ray.serving.loaded import Loaded, LocalRows
+from mim_ray.serving.loaded import Loaded, LocalRows, RequestRows
 from mim_ray.serving.messages import Health, Problem, RankedItem, RankRequest, RankResponse, Ready
+from mim_ray.serving.metrics import Metrics, counted
+from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
 from mim_ray.serving.request_context import context_table
 from mim_ray.serving.rollout import Rollout, open_first
 from mim_ray.serving.served import Served
+from mim_ray.serving.similar import SimilarItems
+from mim_ray.serving.similar_routes import Embed, add_similar_routes
 from mim_ray.serving.traffic import Traffic, arms_of
 
+RANK = "/v1/rank"
 MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
 
 
@@ -57,7 +63,12 @@ class RankingService:
     """
 
     def __init__(
-        self, rollout: Rollout[Loaded], behaviors: BehaviorStore | LiveBehaviors, *, max_candidates: int
+        self,
+        rollout: Rollout[Loaded],
+        behaviors: BehaviorStore | LiveBehaviors,
+        *,
+        max_candidates: int,
+        metrics: Metrics | None = None,
     ) -> None:
         self.rollout = rollout
         self.behaviors = behaviors
@@ -65,6 +76,9 @@ class RankingService:
         self.default_features: Counter[str] = Counter()
         self.degraded_answers: Counter[str] = Counter()
         self._counting = threading.Lock()
+        self.metrics = Metrics("ranking", capacity=MAX_ONGOING_REQUESTS) if metrics is None else metrics
+        if metrics is None:
+            self.rollout.on_switch(self._watch)
 
     @classmethod
     def open(
@@ -74,12 +88,13 @@ class RankingService:
         machines: ParameterMachines | None = None,
         follow: Scenario | None = None,
         behaviors: BehaviorStore | LiveBehaviors | None = None,
+        metrics: Metrics | None = None,
     ) -> RankingService:
         """
         Args:
             machines: needed where `served` is on parameter machines.
             follow: serve what is current in this scenario, now and later; `served` where it cannot be served now.
-            behaviors: open ones, shared with another service.
+            behaviors, metrics: those of another service, shared with it.
 
         Raises:
             ArtifactError: something is missing or damaged.
@@ -96,7 +111,7 @@ class RankingService:
         if behaviors is None:
             newest = rollout.current.model.max_behaviors
             behaviors = LiveBehaviors.open(served.behaviors, served.center, serving, newest)
-        return cls(rollout, behaviors, max_candidates=serving.max_candidates)
+        return cls(rollout, behaviors, max_candidates=serving.max_candidates, metrics=metrics)
 
     @property
     def model(self) -> Ranker:
@@ -151,13 +166,15 @@ class RankingService:
             timestamp=timestamp,
             context=context,
         )
+        started = time.perf_counter()
         found = loaded.rows.get(asked)
+        looked_up = time.perf_counter()
         prob = model.predict(found.batch, found.tables)  # (C,)
+        self.metrics.stage(RANK, "lookup", looked_up - started)
+        self.metrics.stage(RANK, "network", time.perf_counter() - looked_up)
         if not np.isfinite(prob).all():
             raise FloatingPointError("the CTR model gave a probability that is no number")
-        with self._counting:
-            self.default_features.update(absent)
-            self.degraded_answers.update(found.degraded)
+        self._count(found, absent)
         order = np.argsort(-prob, kind="stable")[: request.top_k]
         return RankResponse(
             request_id=uuid.uuid4().hex,
@@ -179,6 +196,29 @@ class RankingService:
             encoder_version=model.encoder_version,
         )
 
+    def _count(self, found: RequestRows, absent: Sequence[str]) -> None:
+        with self._counting:
+            self.default_features.update(absent)
+            self.degraded_answers.update(found.degraded)
+        self.metrics.ranked(
+            candidates=len(found.unknown),
+            unknown=int(found.unknown.sum()),
+            without_content=int((~found.has_content).sum()),
+            default_features=absent,
+        )
+        if found.degraded:
+            self.metrics.degraded()
+        if found.batch.mm is not None:
+            candidates = found.batch.mm[found.batch.target].numpy()  # (C, D)
+            self.metrics.embeddings(candidates[found.has_content])
+
+    def _watch(self, loaded: Loaded) -> None:
+        """Metrics of the release that serves now."""
+        model = loaded.model
+        self.metrics.serves(loaded.model_version, model.encoder_version, loaded.served.release)
+        if isinstance(loaded.rows, LocalRows):
+            self.metrics.watch_store(loaded.rows.store)
+
     def _history(self, request: RankRequest, timestamp: int, newest: int) -> tuple[list[str], list[int] | None, int]:
         """The `newest` behaviors before the request, oldest first, their times if these are known, and how many are later."""
         if request.behaviors is None:
@@ -193,18 +233,26 @@ class RankingService:
         return [item for _, item in kept], [time for time, _ in kept], len(behaviors) - len(past)
 
 
-def ranking_api(service: RankingService, serving: Serving, traffic: Traffic | None = None) -> ASGIApp:
+def ranking_api(
+    service: RankingService,
+    serving: Serving,
+    traffic: Traffic | None = None,
+    similar: SimilarItems | None = None,
+    embed: Embed | None = None,
+) -> ASGIApp:
     """The HTTP face of a service, with its limits.
 
     Args:
         traffic: deals users out to the arms of an A/B test, and logs what was shown.
+        similar, embed: as of `add_similar_routes`.
     """
     app = FastAPI(title="mim_ray ranking", summary="Candidates of a user by click probability.")
     problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 413, 422, 503)}
 
-    @app.post("/v1/rank", responses=problems)
+    @app.post(RANK, responses=problems)
     def rank(request: RankRequest) -> RankResponse:
         """Rank candidates for a user. Unknown users and items are scored too, by what is known."""
+        service.metrics.parsed(RANK)
         return service.rank(request) if traffic is None else traffic.rank(request, service)
 
     if isinstance(service.behaviors, LiveBehaviors):
@@ -229,7 +277,9 @@ def ranking_api(service: RankingService, serving: Serving, traffic: Traffic | No
             refused=service.rollout.refused,
         )
 
-    return guarded(app, serving)
+    add_similar_routes(app, similar, embed)
+    add_metrics_routes(app, service.metrics)
+    return counted(guarded(app, serving), app, service.metrics)
 
 
 class RankingReplica:
@@ -245,12 +295,20 @@ class RankingReplica:
     ) -> None:
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
         self._service = service = RankingService.open(served, serving, machines, follow)
+        self._similar = None
+        if serving.similar_items:
+            self._similar = similar = SimilarItems.open(served, serving, service.model.items)
+            service.rollout.on_switch(lambda loaded: similar.show(loaded.served.snapshot, loaded.model.items))
+            service.metrics.watch("mim_ray_index_recall", similar.recall)
+        self._reporter = Reporter(service.metrics)
         self._serving = serving
-        other = lambda served: RankingService.open(served, serving, machines, None, service.behaviors)  # noqa: E731
+        other = lambda served: RankingService.open(  # noqa: E731
+            served, serving, machines, None, service.behaviors, service.metrics
+        )
         self._traffic = Traffic.open(serving, served, arms or {}, other)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return ranking_api(self._service, self._serving, self._traffic)
+        return ranking_api(self._service, self._serving, self._traffic, self._similar)
 
 
 def bind_ranking(scenario: Scenario, served: Served | None = None) -> Application:
