@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from operator import itemgetter
@@ -35,7 +35,7 @@ from mim_ray.serving.behavior_store import BehaviorStore
 from mim_ray.serving.events import add_event_routes
 from mim_ray.serving.limits import FULL_QUEUE, check_count, check_exposure, guarded
 from mim_ray.serving.live_behaviors import LiveBehaviors
-from mim_ray.serving.loaded import Loaded, LocalRows
+from mim_ray.serving.loaded import Loaded, LocalRows, RequestRows
 from mim_ray.serving.messages import Health, Problem, RankedItem, RankRequest, RankResponse, Ready
 from mim_ray.serving.metrics import Metrics, Versions, counted
 from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
@@ -178,18 +178,7 @@ class RankingService:
         self.metrics.stage(RANK, "network", time.perf_counter() - looked)
         if not np.isfinite(prob).all():
             raise FloatingPointError("the CTR model gave a probability that is no number")
-        with self._counting:
-            self.default_features.update(absent)
-            self.degraded_answers.update(found.degraded)
-        self.metrics.ranked(
-            candidates=len(candidates),
-            unknown=int(found.unknown.sum()),
-            without_content=int((~found.has_content).sum()),
-            default_features=absent,
-            degraded=found.degraded,
-        )
-        if found.batch.mm is not None:
-            self.metrics.embeddings(found.batch.mm.numpy()[asked.num_behaviors :][found.has_content])
+        self._count(found, absent)
         order = np.argsort(-prob, kind="stable")[: request.top_k]
         return RankResponse(
             request_id=uuid.uuid4().hex,
@@ -210,6 +199,21 @@ class RankingService:
             model_version=loaded.model_version,
             encoder_version=model.encoder_version,
         )
+
+    def _count(self, found: RequestRows, absent: Sequence[str]) -> None:
+        with self._counting:
+            self.default_features.update(absent)
+            self.degraded_answers.update(found.degraded)
+        self.metrics.ranked(
+            candidates=len(found.unknown),
+            unknown=int(found.unknown.sum()),
+            without_content=int((~found.has_content).sum()),
+            default_features=absent,
+            degraded=found.degraded,
+        )
+        if found.batch.mm is not None:
+            candidates = found.batch.mm[found.batch.target].numpy()  # (C, D)
+            self.metrics.embeddings(candidates[found.has_content])
 
     def _versions(self) -> Versions:
         now = self.rollout.current
