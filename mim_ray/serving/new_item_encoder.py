@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -31,7 +32,7 @@ from mim_ray.errors import ArtifactError, RequestError
 from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.new_items import Push, store_new_items
 from mim_ray.representation_center.parameter_client import ParameterClient
-from mim_ray.representation_center.release import check_versions
+from mim_ray.representation_center.release import check_versions, read_release
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import fold, segment_rows
@@ -68,9 +69,19 @@ class NewItemEncoder:
         center: URI with the table and the window.
         limits: what pictures and titles are taken.
         push: sends what was stored to the parameter machines; without it they find it in the window.
+        follow_release_s: nothing is encoded for longer than this after a release of another encoder version. None: whatever
+            is promoted.
     """
 
-    def __init__(self, encoder: ItemEncoder, center: str, limits: Data, *, push: Push | None = None) -> None:
+    def __init__(
+        self,
+        encoder: ItemEncoder,
+        center: str,
+        limits: Data,
+        *,
+        push: Push | None = None,
+        follow_release_s: float | None = None,
+    ) -> None:
         if encoder.encoder_version is None:
             raise ArtifactError("The encoder has no version: save it, and load it from there.")
         self.encoder_version = encoder.encoder_version
@@ -78,6 +89,7 @@ class NewItemEncoder:
         self._window = f"{center}/window"
         self._limits = limits
         self._push = push
+        self._center, self._follow_release_s, self._looked_at = center, follow_release_s, float("-inf")
         self._known = KnownContent(
             EmbeddingTable(f"{center}/table"),
             self._window,
@@ -91,7 +103,9 @@ class NewItemEncoder:
 
         Raises:
             RequestError: a picture that cannot be used, an item without content, an id twice, a time in the future.
+            VersionMismatchError: as of `check_release`.
         """
+        self.check_release()
         now = datetime.now(UTC)
         contents = [self._check(item, place, now) for place, item in enumerate(request.items)]
         ids = [content.item_id for content in contents]
@@ -116,6 +130,23 @@ class NewItemEncoder:
                 for content in contents
             ]
         )
+
+    def check_release(self) -> None:
+        """
+        Raises:
+            VersionMismatchError: another encoder version was promoted: what this one makes would not be ranked with.
+        """
+        if self._follow_release_s is None or time.monotonic() < self._looked_at + self._follow_release_s:
+            return
+        release = read_release(self._center)
+        if release is not None:
+            check_versions(
+                release.encoder_version,
+                self.encoder_version,
+                expected_by=f"Release {release.number}",
+                found_in="this replica of the new-item encoder, which is replaced by one of that version. Try again. It",
+            )
+        self._looked_at = time.monotonic()
 
     def _check(self, item: NewItem, place: int, now: datetime) -> _Content:
         title = clean_title(item.title, self._limits.max_title_chars)
@@ -185,9 +216,10 @@ def new_item_api(encoder: NewItemEncoder, serving: Serving) -> ASGIApp:
         """The process answers."""
         return Health()
 
-    @app.get("/v1/items/readyz")
+    @app.get("/v1/items/readyz", responses={503: {"model": Problem}})
     def readyz() -> Ready:
-        """The encoder is loaded, and which."""
+        """The encoder is loaded, and which; it is the release's."""
+        encoder.check_release()
         return Ready(status="ready", encoder_version=encoder.encoder_version)
 
     return guarded(app, serving.max_body_bytes)
@@ -220,31 +252,45 @@ class WindowFolding:
 class NewItemReplica:
     """One process that serves `new_item_api`."""
 
-    def __init__(self, served: Served, limits: Data, serving: Serving, machines: ParameterMachines) -> None:
+    def __init__(
+        self,
+        served: Served,
+        limits: Data,
+        serving: Serving,
+        machines: ParameterMachines,
+        follow: Scenario | None = None,
+    ) -> None:
+        served = served if follow is None else Served.of(follow)
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
         on_gpu = serving.gpus_per_replica > 0 and torch.cuda.is_available()
         encoder = load_for_tables(served.encoder, "cuda" if on_gpu else "cpu")
         _check_encoder(served, encoder.encoder_version)
         push = None if machines.state is None else ParameterClient(machines.state, machines).push
-        self._encoder = NewItemEncoder(encoder, served.center, limits, push=push)
+        follow_s = None if follow is None else serving.follow_release_s
+        self._encoder = NewItemEncoder(encoder, served.center, limits, push=push, follow_release_s=follow_s)
         self._serving = serving
         self._folding = WindowFolding(served.center, serving.window_s)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return new_item_api(self._encoder, self._serving)
 
+    def check_health(self) -> None:
+        """Serve replaces a replica whose encoder is not the release's; until then it encodes nothing."""
+        self._encoder.check_release()
+
 
 def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> Application:
-    """The Serve application of what is current; refuses early what a replica would refuse late.
+    """The Serve application of what is current, now and after later promotions; refuses early what a replica would refuse late.
 
     Args:
-        served: something else than `Served.of(scenario)`.
+        served: this, and no other, whatever is promoted.
 
     Raises:
         MimRayError: the run is not finished, versions do not match, or strangers could call.
     """
     serving = scenario.serving
     check_exposure(serving)
+    follow = scenario if served is None else None
     served = Served.of(scenario) if served is None else served
     _check_encoder(served, artifacts.read_json(f"{served.encoder}/encoder.json").get("encoder_version"))
     deployment = serve.deployment(
@@ -254,7 +300,7 @@ def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> A
         max_queued_requests=serving.max_queued_requests,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
     )(serve.ingress()(NewItemReplica))
-    return deployment.bind(served, scenario.data, serving, scenario.machines)
+    return deployment.bind(served, scenario.data, serving, scenario.machines, follow)
 
 
 def _microseconds(at: datetime) -> int:

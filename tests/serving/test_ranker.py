@@ -197,6 +197,30 @@ def test_a_new_item_gets_content_and_its_category_without_a_restart(service, sma
     assert service.embeddings.multi_get(["n1"])[2].to_pylist() == ["mugs"]
 
 
+@pytest.mark.parametrize("error", [ArtifactError("a segment is damaged"), OSError("the disk is away")])
+def test_without_the_embedding_store_all_is_scored_as_without_content_and_the_answer_says_so(
+    client, service, monkeypatch, error
+):
+    candidates = [f"i{row}" for row in range(20)]
+    body = {"user_id": "u1", "candidates": candidates}
+    full = client.post("/v1/rank", json=body).json()
+    assert full["degraded"] == []
+    with monkeypatch.context() as broken:
+        broken.setattr(service.embeddings, "multi_get", lambda _: (_ for _ in ()).throw(error))
+        answer = client.post("/v1/rank", json=body).json()
+    assert answer["degraded"] == ["content"]
+    assert all(item["no_content"] for item in answer["items"])
+    nothing = np.zeros((25, service.model.content_width), np.float32)
+    expected = service.model.score(
+        "u1", ["i1", "i2", "i3", "i4", "i5"], candidates, lambda ids: (nothing, np.zeros(25, bool), [None] * 25)
+    )
+    prob = {item["item_id"]: item["prob"] for item in answer["items"]}
+    np.testing.assert_allclose([prob[item] for item in candidates], expected, atol=1e-7)
+    assert prob != {item["item_id"]: item["prob"] for item in full["items"]}
+    assert client.post("/v1/rank", json=body).json()["items"] == full["items"]
+    assert client.get("/readyz").json()["degraded"] == service.degraded_answers == {"content": 1}
+
+
 def test_a_score_that_is_no_number_is_never_answered(client, service, monkeypatch):
     monkeypatch.setattr(service.model, "predict", lambda *_: np.array([np.nan]))
     answer = client.post("/v1/rank", json={"user_id": "u1", "candidates": ["i1"]})
