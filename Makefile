@@ -57,7 +57,7 @@ wheel: $(STAMP)  ## build dist/mim_ray-*.whl
 
 lock: $(STAMP)  ## renew requirements.lock from pyproject.toml
 	$(UV) pip compile -q --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
-	  --extra dev pyproject.toml -o requirements.lock
+	  --extra dev --extra search pyproject.toml -o requirements.lock
 
 clean:  ## remove the environment, caches and runs
 	rm -rf .venv .uv runs dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -133,6 +133,8 @@ class RankResponse(Message):
     )
 
     request_id: str
+    arm: str | None = None
+    """The user's arm of the A/B test; null where there is none."""
     items: list[RankedItem]
     num_behaviors: int
     """Past items that the ranking looked at."""
@@ -162,7 +164,7 @@ class NewItem(Message):
     item_id: Id
     title: Annotated[str, Field(max_length=100_000)] | None = None
     image: Base64Bytes | None = None
-    """Bytes of a JPEG, PNG or WebP file, as base64."""
+    """Bytes of a JPEG, PNG, WebP or GIF file, as base64."""
     category: Annotated[str, Field(max_length=MAX_ID_CHARS)] | None = None
     """Several values may be joined by "|"; the first is the category."""
     content_at: AwareDatetime | None = None

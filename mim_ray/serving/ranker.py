@@ -7,8 +7,10 @@ Ray Serve application.
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from operator import itemgetter
@@ -30,13 +32,21 @@ from mim_ray.representation_center.parameter_store import ParameterStore
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.serving.behavior_store import BehaviorStore
-from mim_ray.serving.limits import check_count, check_exposure, guarded
-from mim_ray.serving.loaded import Loaded, LocalRows
+from mim_ray.serving.events import add_event_routes
+from mim_ray.serving.limits import FULL_QUEUE, check_count, check_exposure, guarded
+from mim_ray.serving.live_behaviors import LiveBehaviors
+from mim_ray.serving.loaded import Loaded, LocalRows, RequestRows
 from mim_ray.serving.messages import Health, Problem, RankedItem, RankRequest, RankResponse, Ready
+from mim_ray.serving.metrics import Metrics, counted
+from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
 from mim_ray.serving.request_context import context_table
 from mim_ray.serving.rollout import Rollout, open_first
 from mim_ray.serving.served import Served
+from mim_ray.serving.similar import SimilarItems
+from mim_ray.serving.similar_routes import Embed, add_similar_routes
+from mim_ray.serving.traffic import Traffic, arms_of
 
+RANK = "/v1/rank"
 MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
 
 
@@ -52,22 +62,39 @@ class RankingService:
         degraded_answers: how many answers lacked content or rows of tables.
     """
 
-    def __init__(self, rollout: Rollout[Loaded], behaviors: BehaviorStore, *, max_candidates: int) -> None:
+    def __init__(
+        self,
+        rollout: Rollout[Loaded],
+        behaviors: BehaviorStore | LiveBehaviors,
+        *,
+        max_candidates: int,
+        metrics: Metrics | None = None,
+    ) -> None:
         self.rollout = rollout
         self.behaviors = behaviors
         self.max_candidates = max_candidates
         self.default_features: Counter[str] = Counter()
         self.degraded_answers: Counter[str] = Counter()
         self._counting = threading.Lock()
+        self.metrics = Metrics("ranking", capacity=MAX_ONGOING_REQUESTS) if metrics is None else metrics
+        if metrics is None:
+            self.rollout.on_switch(self._watch)
 
     @classmethod
     def open(
-        cls, served: Served, serving: Serving, machines: ParameterMachines | None = None, follow: Scenario | None = None
+        cls,
+        served: Served,
+        serving: Serving,
+        machines: ParameterMachines | None = None,
+        follow: Scenario | None = None,
+        behaviors: BehaviorStore | LiveBehaviors | None = None,
+        metrics: Metrics | None = None,
     ) -> RankingService:
         """
         Args:
             machines: needed where `served` is on parameter machines.
             follow: serve what is current in this scenario, now and later; `served` where it cannot be served now.
+            behaviors, metrics: those of another service, shared with it.
 
         Raises:
             ArtifactError: something is missing or damaged.
@@ -81,8 +108,10 @@ class RankingService:
             rollout = Rollout(open_first(read, served, open_release), read, open_release)
             rollout.check()
             rollout.start(serving.follow_release_s)
-        behaviors = BehaviorStore.open(served.behaviors)
-        return cls(rollout, behaviors, max_candidates=serving.max_candidates)
+        if behaviors is None:
+            newest = rollout.current.model.max_behaviors
+            behaviors = LiveBehaviors.open(served.behaviors, served.center, serving, newest)
+        return cls(rollout, behaviors, max_candidates=serving.max_candidates, metrics=metrics)
 
     @property
     def model(self) -> Ranker:
@@ -137,13 +166,15 @@ class RankingService:
             timestamp=timestamp,
             context=context,
         )
+        started = time.perf_counter()
         found = loaded.rows.get(asked)
+        looked_up = time.perf_counter()
         prob = model.predict(found.batch, found.tables)  # (C,)
+        self.metrics.stage(RANK, "lookup", looked_up - started)
+        self.metrics.stage(RANK, "network", time.perf_counter() - looked_up)
         if not np.isfinite(prob).all():
             raise FloatingPointError("the CTR model gave a probability that is no number")
-        with self._counting:
-            self.default_features.update(absent)
-            self.degraded_answers.update(found.degraded)
+        self._count(found, absent)
         order = np.argsort(-prob, kind="stable")[: request.top_k]
         return RankResponse(
             request_id=uuid.uuid4().hex,
@@ -165,6 +196,29 @@ class RankingService:
             encoder_version=model.encoder_version,
         )
 
+    def _count(self, found: RequestRows, absent: Sequence[str]) -> None:
+        with self._counting:
+            self.default_features.update(absent)
+            self.degraded_answers.update(found.degraded)
+        self.metrics.ranked(
+            candidates=len(found.unknown),
+            unknown=int(found.unknown.sum()),
+            without_content=int((~found.has_content).sum()),
+            default_features=absent,
+        )
+        if found.degraded:
+            self.metrics.degraded()
+        if found.batch.mm is not None:
+            candidates = found.batch.mm[found.batch.target].numpy()  # (C, D)
+            self.metrics.embeddings(candidates[found.has_content])
+
+    def _watch(self, loaded: Loaded) -> None:
+        """Metrics of the release that serves now."""
+        model = loaded.model
+        self.metrics.serves(loaded.model_version, model.encoder_version, loaded.served.release)
+        if isinstance(loaded.rows, LocalRows):
+            self.metrics.watch_store(loaded.rows.store)
+
     def _history(self, request: RankRequest, timestamp: int, newest: int) -> tuple[list[str], list[int] | None, int]:
         """The `newest` behaviors before the request, oldest first, their times if these are known, and how many are later."""
         if request.behaviors is None:
@@ -179,15 +233,30 @@ class RankingService:
         return [item for _, item in kept], [time for time, _ in kept], len(behaviors) - len(past)
 
 
-def ranking_api(service: RankingService, serving: Serving) -> ASGIApp:
-    """The HTTP face of a service, with its limits."""
+def ranking_api(
+    service: RankingService,
+    serving: Serving,
+    traffic: Traffic | None = None,
+    similar: SimilarItems | None = None,
+    embed: Embed | None = None,
+) -> ASGIApp:
+    """The HTTP face of a service, with its limits.
+
+    Args:
+        traffic: deals users out to the arms of an A/B test, and logs what was shown.
+        similar, embed: as of `add_similar_routes`.
+    """
     app = FastAPI(title="mim_ray ranking", summary="Candidates of a user by click probability.")
     problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 413, 422, 503)}
 
-    @app.post("/v1/rank", responses=problems)
+    @app.post(RANK, responses=problems)
     def rank(request: RankRequest) -> RankResponse:
         """Rank candidates for a user. Unknown users and items are scored too, by what is known."""
-        return service.rank(request)
+        service.metrics.parsed(RANK)
+        return service.rank(request) if traffic is None else traffic.rank(request, service)
+
+    if isinstance(service.behaviors, LiveBehaviors):
+        add_event_routes(app, service.behaviors)
 
     @app.get("/healthz")
     async def healthz() -> Health:
@@ -208,7 +277,9 @@ def ranking_api(service: RankingService, serving: Serving) -> ASGIApp:
             refused=service.rollout.refused,
         )
 
-    return guarded(app, serving.max_body_bytes)
+    add_similar_routes(app, similar, embed)
+    add_metrics_routes(app, service.metrics)
+    return counted(guarded(app, serving), app, service.metrics)
 
 
 class RankingReplica:
@@ -220,13 +291,24 @@ class RankingReplica:
         serving: Serving,
         machines: ParameterMachines | None = None,
         follow: Scenario | None = None,
+        arms: Mapping[str, Served] | None = None,
     ) -> None:
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
-        self._service = RankingService.open(served, serving, machines, follow)
+        self._service = service = RankingService.open(served, serving, machines, follow)
+        self._similar = None
+        if serving.similar_items:
+            self._similar = similar = SimilarItems.open(served, serving, service.model.items)
+            service.rollout.on_switch(lambda loaded: similar.show(loaded.served.snapshot, loaded.model.items))
+            service.metrics.watch("mim_ray_index_recall", similar.recall)
+        self._reporter = Reporter(service.metrics)
         self._serving = serving
+        other = lambda served: RankingService.open(  # noqa: E731
+            served, serving, machines, None, service.behaviors, service.metrics
+        )
+        self._traffic = Traffic.open(serving, served, arms or {}, other)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return ranking_api(self._service, self._serving)
+        return ranking_api(self._service, self._serving, self._traffic, self._similar)
 
 
 def bind_ranking(scenario: Scenario, served: Served | None = None) -> Application:
@@ -238,19 +320,25 @@ def bind_ranking(scenario: Scenario, served: Served | None = None) -> Applicatio
     Raises:
         MimRayError: the run is not finished, versions do not match, or strangers could call.
     """
-    serving = scenario.serving
-    check_exposure(serving)
+    serving = check_exposure(scenario.serving)
     follow = scenario if served is None else None
     served = Served.for_ranking(scenario) if served is None else served
-    found = Snapshot.open(served.snapshot, verify=False).encoder_version
-    trained_on = artifacts.read_json(f"{served.ctr}/ctr.json").get("encoder_version")
-    if trained_on is not None:
-        check_versions(trained_on, found, expected_by=f"The CTR model {served.ctr}", found_in=served.snapshot)
+    arms = arms_of(scenario, served)
+    for one in (served, *arms.values()):
+        _check_model(one)
     deployment = serve.deployment(
         name="Ranking",
         num_replicas=serving.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=serving.max_queued_requests,
+        backpressure_config=FULL_QUEUE,
         ray_actor_options={"num_cpus": serving.cpus_per_replica},
     )(serve.ingress()(RankingReplica))
-    return deployment.bind(served, serving, scenario.machines, follow)
+    return deployment.bind(served, serving, scenario.machines, follow, arms)
+
+
+def _check_model(served: Served) -> None:
+    found = Snapshot.open(served.snapshot, verify=False).encoder_version
+    trained_on = artifacts.read_json(f"{served.ctr}/ctr.json").get("encoder_version")
+    if trained_on is not None:
+        check_versions(trained_on, found, expected_by=f"The CTR model {served.ctr}", found_in=served.snapshot)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from mim_ray import artifacts
 from mim_ray.ciubm.machine_export import MM_TABLE, networks_of
 from mim_ray.config import Scenario, load_scenario
-from mim_ray.config.scenario import ENCODER_FOLDERS
+from mim_ray.config.scenario import ENCODER_FOLDERS, Arm
 from mim_ray.errors import ArtifactError, ConfigError
 from mim_ray.representation_center.machine_release import read_wanted
 from mim_ray.representation_center.release import Release, read_release, releases
@@ -96,6 +96,23 @@ class Served:
                 f"{release.snapshot}. Load the current one with jobs/machines.py."
             )
         return served
+
+    @classmethod
+    def of_arm(cls, scenario: Scenario, arm: Arm, current: Served) -> Served:
+        """What an arm of an A/B test serves.
+
+        Raises:
+            ArtifactError: there is no release of that number. ConfigError: as `of`.
+        """
+        if arm.release is not None:
+            found = [release for release in releases(_center(scenario)) if release.number == arm.release]
+            if not found:
+                raise ArtifactError(f"There is no release {arm.release}. `jobs/promote.py list` shows those there are.")
+            return cls._of_release(scenario, found[0])
+        if arm.variant is None:
+            return current
+        # its tables are in the replica, wherever those of the release are
+        return replace(current, ctr=f"{_root(scenario)}/ctr/{arm.variant}", serial=None)
 
     @classmethod
     def of_run(cls, scenario: Scenario) -> Served:

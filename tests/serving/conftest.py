@@ -20,8 +20,8 @@ from mim_ray import artifacts
 from mim_ray.ciubm.export import save_model
 from mim_ray.ciubm.features import Features
 from mim_ray.ciubm.model import CtrNetwork
+from mim_ray.ciubm.recipe import network_config
 from mim_ray.ciubm.tables import IdTables
-from mim_ray.ciubm.train import network_config
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 from mim_ray.config import Scenario, load_scenario
 from mim_ray.data.transforms import content_hash

@@ -111,7 +111,7 @@ def bad_items(picture) -> dict[str, tuple[dict, str]]:
         "neither": ({"item_id": "x"}, "neither an image nor a title"),
         "blank title": ({"item_id": "x", "title": " \n"}, "neither an image nor a title"),
         "empty image": ({"item_id": "x", "image": ""}, "neither an image nor a title"),
-        "no image file": ({"item_id": "x", "image": text_of(b"GIF89a, or so")}, "image format"),
+        "no image file": ({"item_id": "x", "image": text_of(b"BM, or so")}, "image format"),
         "text as image": ({"item_id": "x", "title": "t", "image": text_of(b"<svg/>")}, "image format"),
         "cut image": ({"item_id": "x", "image": text_of(image[:200])}, "image corrupt"),
         "too many pixels": ({"item_id": "x", "image": text_of(bomb)}, "image"),

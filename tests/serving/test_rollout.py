@@ -24,6 +24,7 @@ from mim_ray.serving.messages import RankRequest
 from mim_ray.serving.new_item_encoder import NewItemEncoder, new_item_api
 from mim_ray.serving.promotion import promote_version, return_to
 from mim_ray.serving.ranker import RankingService, ranking_api
+from mim_ray.serving.release_check import ReleaseCheck
 from mim_ray.serving.served import Served
 
 CANDIDATES = [f"i{row}" for row in range(40)]
@@ -218,7 +219,8 @@ def test_a_replica_of_something_else_than_the_release_stays_with_it(run: Any) ->
 
 def test_the_encoder_app_encodes_nothing_under_a_release_of_another_version(run: Any) -> None:
     encoder = ItemEncoder.load(f"{run.root}/csft/encoder")
-    app = NewItemEncoder(encoder, f"{run.root}/center", run.scenario.data, follow_release_s=0.0)
+    app = NewItemEncoder(encoder, f"{run.root}/center", run.scenario.data)
+    app.check_release = ReleaseCheck(f"{run.root}/center", encoder.encoder_version, 0.0)
     client = TestClient(new_item_api(app, run.scenario.serving))
     assert client.post("/v1/items", json={"item_id": "n1", "title": "red mug"}).status_code == 200
     promote_version(run.scenario, NEW, ctr="new-mim")
