@@ -8,7 +8,7 @@ into the Delta table every `serving.window_s`. `NewItemEncoder` is plain Python,
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -40,6 +40,7 @@ from mim_ray.serving.messages import EncodedItem, Health, NewItem, NewItemsReque
 from mim_ray.serving.metrics import Metrics, Versions, counted
 from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
 from mim_ray.serving.query_encoder import QueryEncoder
+from mim_ray.serving.release_check import ReleaseCheck
 from mim_ray.serving.served import Served
 from mim_ray.serving.window_folding import WindowFolding
 
@@ -67,6 +68,9 @@ class _Content:
 class NewItemEncoder:
     """Encodes items and stores them in the window.
 
+    Attributes:
+        check_release: raises where this encoder is not the release's; ReleaseCheck, where releases are followed.
+
     Args:
         encoder: makes the embeddings; its version must be that of the embeddings being served.
         center: URI with the table and the window.
@@ -91,6 +95,7 @@ class NewItemEncoder:
         self._window = f"{center}/window"
         self._limits = limits
         self._push = push
+        self.check_release: Callable[[], None] = lambda: None
         self._decoder = ImageDecoder.shared(limits.max_image_bytes, limits.max_image_pixels)
         self._decode_timeout_s = decode_timeout_s
         self._known = KnownContent(
@@ -106,7 +111,9 @@ class NewItemEncoder:
 
         Raises:
             RequestError: a picture that cannot be used, an item without content, an id twice, a time in the future.
+            VersionMismatchError: this encoder is not the release's.
         """
+        self.check_release()
         now = datetime.now(UTC)
         left = TimeLeft(self._decode_timeout_s)
         contents = [self._check(item, place, now, left) for place, item in enumerate(request.items)]
@@ -206,9 +213,10 @@ def new_item_api(encoder: NewItemEncoder, serving: Serving, metrics: Metrics | N
         """The process answers."""
         return Health()
 
-    @app.get("/v1/items/readyz")
+    @app.get("/v1/items/readyz", responses={503: {"model": Problem}})
     def readyz() -> Ready:
-        """The encoder is loaded, and which."""
+        """The encoder is loaded, and which; it is the release's."""
+        encoder.check_release()
         return Ready(status="ready", encoder_version=encoder.encoder_version)
 
     add_metrics_routes(app, metrics, path="/v1/items/metrics")
@@ -218,7 +226,15 @@ def new_item_api(encoder: NewItemEncoder, serving: Serving, metrics: Metrics | N
 class NewItemReplica:
     """One process that serves `new_item_api`."""
 
-    def __init__(self, served: Served, limits: Data, serving: Serving, machines: ParameterMachines) -> None:
+    def __init__(
+        self,
+        served: Served,
+        limits: Data,
+        serving: Serving,
+        machines: ParameterMachines,
+        follow: Scenario | None = None,
+    ) -> None:
+        served = served if follow is None else Served.of(follow)
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
         on_gpu = serving.gpus_per_replica > 0 and torch.cuda.is_available()
         encoder = load_for_tables(served.encoder, "cuda" if on_gpu else "cpu")
@@ -227,6 +243,9 @@ class NewItemReplica:
         self._encoder = NewItemEncoder(
             encoder, served.center, limits, push=push, decode_timeout_s=serving.decode_timeout_s
         )
+        if follow is not None:
+            follow_s = serving.follow_release_s
+            self._encoder.check_release = ReleaseCheck(served.center, encoder.encoder_version, follow_s)
         self._queries = QueryEncoder(encoder, limits, decode_timeout_s=serving.decode_timeout_s)
         self._serving = serving
         self._folding = WindowFolding(served.center, serving.window_s)
@@ -246,16 +265,21 @@ class NewItemReplica:
             return error
         return vector, self._encoder.encoder_version
 
+    def check_health(self) -> None:
+        """Serve replaces a replica whose encoder is not the release's; until then it encodes nothing."""
+        self._encoder.check_release()
+
 
 def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> Application:
-    """The Serve application of what is current; refuses early what a replica would refuse late.
+    """The Serve application of what is current, now and after later promotions; refuses early what a replica would refuse late.
 
     Args:
-        served: something else than `Served.of(scenario)`.
+        served: this, and no other, whatever is promoted.
 
     Raises:
         MimRayError: the run is not finished, versions do not match, or strangers could call.
     """
+    follow = scenario if served is None else None
     serving = check_exposure(scenario.serving)
     served = Served.of(scenario) if served is None else served
     _check_encoder(served, artifacts.read_json(f"{served.encoder}/encoder.json").get("encoder_version"))
@@ -267,7 +291,7 @@ def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> A
         backpressure_config=FULL_QUEUE,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
     )(serve.ingress()(NewItemReplica))
-    return deployment.bind(served, scenario.data, serving, scenario.machines)
+    return deployment.bind(served, scenario.data, serving, scenario.machines, follow)
 
 
 def _microseconds(at: datetime) -> int:
