@@ -87,6 +87,15 @@ class RowLog:
                 self._write([part for part, _ in batch], [done for _, done in batch])
         return mine.result()
 
+    def append_as(self, segment_id: str, rows: pa.Table) -> None:
+        """Store rows durably as the segment of this id (window_folder.new_segment_id). Again with the same id and rows it
+        changes nothing: for who cannot know whether a first try succeeded.
+
+        Raises:
+            StorageError, OSError: they may be stored or not.
+        """
+        window_folder.write_segment(self.uri, _SEGMENTS, segment_id, self._encoded([rows]))
+
     def follow(self) -> LogTail:
         """What comes from now on, and the segments that are not folded yet."""
         return LogTail(self)
@@ -173,10 +182,7 @@ class RowLog:
 
     def _write(self, parts: Sequence[pa.Table], done: Sequence[Future[str]]) -> None:
         try:
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_file(sink, self.schema) as writer:
-                writer.write_table(pa.concat_tables(parts).combine_chunks())
-            content = sink.getvalue().to_pybytes()
+            content = self._encoded(parts)
             segment_id = window_folder.new_segment_id()
             try:
                 window_folder.write_segment(self.uri, _SEGMENTS, segment_id, content)
@@ -189,6 +195,12 @@ class RowLog:
             return
         for future in done:
             future.set_result(segment_id)
+
+    def _encoded(self, parts: Sequence[pa.Table]) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, self.schema) as writer:
+            writer.write_table(pa.concat_tables(parts).combine_chunks())
+        return bytes(sink.getvalue().to_pybytes())
 
     def _segments(self) -> dict[str, str]:
         return window_folder.find_segments(self.uri, _SEGMENTS)
