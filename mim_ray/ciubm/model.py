@@ -117,7 +117,8 @@ class CtrNetwork(nn.Module):
 
     def features(self, batch: EmbeddedBatch) -> list[Tensor]:
         """Input of the deep network, in the order of Eq. 9, then the other features."""
-        return [*self.ciubm.parts(batch), *self._other(batch)]
+        parts, size = [*self.ciubm.parts(batch), *self._other(batch)], len(batch.target)
+        return [part if len(part) == size else part.expand(size, -1) for part in parts]
 
     def _logits(self, parts: list[Tensor]) -> Tensor:
         """(B,). Content is frozen: in training the first layer is two, so that no gradient is taken to its inputs."""

@@ -114,6 +114,8 @@ class CiUBM(nn.Module):
             relevance if self.content_attention else None,
         )
         inputs = batch.target, batch.behaviors, batch.behavior_mask, side
+        if len(batch.behaviors) < len(batch.target) and not getattr(self.backbone, "shares_behaviors", False):
+            inputs = _repeated(*inputs)
         if label is not None and isinstance(self.backbone, WithAuxiliaryLoss):
             interest, loss = self.backbone.interest_and_loss(*inputs, label)
         else:
@@ -148,10 +150,18 @@ class CiUBM(nn.Module):
         if query is None:
             raise ValueError("This network uses the query's content: the batch needs query_mm.")
         relevance, comparable = relevance_and_comparable(query, behaviors, mask)
-        to_target = relevance_and_comparable(query, target.unsqueeze(1), torch.ones_like(mask[:, :1]))[0]  # (B, 1)
+        of_each = query.expand(len(target), -1)
+        to_target = relevance_and_comparable(of_each, target.unsqueeze(1), torch.ones_like(mask[:, :1]))[0]  # (B, 1)
         counted = comparable if self.options.missing_content else mask
         interest = content_interest(relevance, behaviors, counted, self.options.norm)
         return [interest, to_target, similarity_summary(relevance, comparable)]
+
+
+def _repeated(target: Tensor, behaviors: Tensor, mask: Tensor, side: Side) -> tuple[Tensor, Tensor, Tensor, Side]:
+    """The behaviors that all targets share as views, one for each."""
+    size = len(target)
+    of_each = [None if values is None else values.expand(size, *values.shape[1:]) for values in side]
+    return target, behaviors.expand(size, -1, -1), mask.expand(size, -1), Side(*of_each)  # type: ignore[arg-type]
 
 
 def _presence(target: Tensor, behaviors: Tensor, mask: Tensor) -> list[Tensor]:

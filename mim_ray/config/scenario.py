@@ -558,6 +558,8 @@ class Serving(Section):
     """Keep what was shown in the center's exposures. Default: where there are arms."""
     exposed_items: Positive = 50
     """Of each answer, this many items from the top count as shown. Callers who show fewer send top_k."""
+    follow_release_s: PositiveFloat = 2.0
+    """How often a replica looks whether another release was promoted."""
 
 
 class Maintenance(Section):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -22,9 +23,10 @@ from ray.serve import Application
 from starlette.types import ASGIApp
 
 from mim_ray import artifacts
-from mim_ray.ciubm.export import Ranker, load_ranker
+from mim_ray.ciubm.export import Ranker
 from mim_ray.config import Scenario
-from mim_ray.config.scenario import Serving
+from mim_ray.config.scenario import ParameterMachines, Serving
+from mim_ray.errors import ReleaseGoneError
 from mim_ray.representation_center.parameter_store import ParameterStore
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
@@ -32,12 +34,13 @@ from mim_ray.serving.behavior_store import BehaviorStore
 from mim_ray.serving.events import add_event_routes
 from mim_ray.serving.limits import check_count, check_exposure, guarded
 from mim_ray.serving.live_behaviors import LiveBehaviors
+from mim_ray.serving.loaded import Loaded, LocalRows
 from mim_ray.serving.messages import Health, Problem, RankedItem, RankRequest, RankResponse, Ready
 from mim_ray.serving.request_context import context_table
+from mim_ray.serving.rollout import Rollout, open_first
 from mim_ray.serving.served import Served
 from mim_ray.serving.traffic import Traffic, arms_of
 
-FOLLOW_EVERY_S = 0.1  # how often new items are looked for
 MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
 
 
@@ -45,93 +48,116 @@ class RankingService:
     """Ranks one request.
 
     Args:
-        model: the CTR model; its `encoder_version` None means that it uses no content.
-        embeddings: where MM embeddings come from, those of new items included.
+        rollout: the release that serves.
         behaviors: used when a request brings none.
 
     Attributes:
         default_features: how many requests lacked each declared feature.
+        degraded_answers: how many answers lacked content or rows of tables.
     """
 
     def __init__(
-        self,
-        model: Ranker,
-        embeddings: ParameterStore,
-        behaviors: BehaviorStore | LiveBehaviors,
-        *,
-        max_candidates: int,
+        self, rollout: Rollout[Loaded], behaviors: BehaviorStore | LiveBehaviors, *, max_candidates: int
     ) -> None:
-        self.model = model
-        self.embeddings = embeddings
+        self.rollout = rollout
         self.behaviors = behaviors
         self.max_candidates = max_candidates
         self.default_features: Counter[str] = Counter()
+        self.degraded_answers: Counter[str] = Counter()
         self._counting = threading.Lock()
-        self.model_version = f"{model.variant}-{artifacts.fingerprint(model.info)[:12]}"
 
     @classmethod
     def open(
-        cls, served: Served, serving: Serving, behaviors: BehaviorStore | LiveBehaviors | None = None
+        cls,
+        served: Served,
+        serving: Serving,
+        machines: ParameterMachines | None = None,
+        follow: Scenario | None = None,
+        behaviors: BehaviorStore | LiveBehaviors | None = None,
     ) -> RankingService:
         """
         Args:
             behaviors: open ones, shared with another service.
+            machines: needed where `served` is on parameter machines.
+            follow: serve what is current in this scenario, now and later; `served` where it cannot be served now.
 
         Raises:
             ArtifactError: something is missing or damaged.
             VersionMismatchError: the CTR model was trained on another encoder version's embeddings.
         """
-        model = load_ranker(served.ctr)
-        embeddings = ParameterStore(
-            served.snapshot,
-            table=f"{served.center}/table",
-            window=f"{served.center}/window",
-            encoder_version=model.encoder_version,
-        )
-        embeddings.start(every_s=FOLLOW_EVERY_S)
+        open_release = partial(Loaded.open, machines=ParameterMachines() if machines is None else machines)
+        if follow is None:
+            rollout = Rollout(open_release(served))
+        else:
+            read = partial(Served.for_ranking, follow)
+            rollout = Rollout(open_first(read, served, open_release), read, open_release)
+            rollout.check()
+            rollout.start(serving.follow_release_s)
         if behaviors is None:
-            behaviors = LiveBehaviors.open(served.behaviors, served.center, serving, model.max_behaviors)
-        return cls(model, embeddings, behaviors, max_candidates=serving.max_candidates)
+            newest = rollout.current.model.max_behaviors
+            behaviors = LiveBehaviors.open(served.behaviors, served.center, serving, newest)
+        return cls(rollout, behaviors, max_candidates=serving.max_candidates)
+
+    @property
+    def model(self) -> Ranker:
+        """Of the release that serves now."""
+        return self.rollout.current.model
+
+    @property
+    def model_version(self) -> str:
+        """Of the release that serves now."""
+        return self.rollout.current.model_version
+
+    @property
+    def embeddings(self) -> ParameterStore | None:
+        """The embeddings of the release that serves now, where they are read in this process."""
+        rows = self.rollout.current.rows
+        return rows.store if isinstance(rows, LocalRows) else None
 
     def rank(self, request: RankRequest) -> RankResponse:
         """
         Raises:
             RequestError: too many candidates, or a context that does not fit the model.
+            UnavailableError: the parameter machines hold another release, and that cannot be opened.
         """
         check_count("candidates", len(request.candidates), self.max_candidates)
+        loaded = self.rollout.current
+        try:
+            return self._rank(request, loaded)
+        except ReleaseGoneError:  # the machines were faster than this replica
+            newer = self.rollout.check()
+            if newer is loaded:
+                raise
+            return self._rank(request, newer)
+
+    def _rank(self, request: RankRequest, loaded: Loaded) -> RankResponse:
+        model = loaded.model
         place = {item: number for number, item in reversed(list(enumerate(request.candidates)))}
         candidates = list(dict.fromkeys(request.candidates))
         context, absent = context_table(
-            self.model.features.kinds,
+            model.features.kinds,
             request.context,
             request.item_context,
             [place[item] for item in candidates],
             len(request.candidates),
         )
-        with self._counting:
-            self.default_features.update(absent)
         timestamp = round((request.timestamp or datetime.now(UTC)).timestamp() * 1e6)
-        behaviors, times, num_future = self._history(request, timestamp)
-        has_content = np.zeros(len(candidates), bool)
-
-        def multi_get(ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray, Sequence[str | None]]:
-            vectors, found, categories = self.embeddings.multi_get(ids)
-            has_content[:] = found[len(behaviors) :]
-            return vectors, found, categories.to_pylist()
-
-        prob = self.model.score(
+        behaviors, times, num_future = self._history(request, timestamp, model.max_behaviors)
+        asked = model.request(
             request.user_id,
             behaviors,
             candidates,
-            multi_get,
             behavior_times=times,
             timestamp=timestamp,
             context=context,
-        )  # (C,)
+        )
+        found = loaded.rows.get(asked)
+        prob = model.predict(found.batch, found.tables)  # (C,)
         if not np.isfinite(prob).all():
             raise FloatingPointError("the CTR model gave a probability that is no number")
-        position = self.model.items.vocabulary.encode(candidates)
-        unknown = self.model.items.rows(candidates, position) == 0  # (C,)
+        with self._counting:
+            self.default_features.update(absent)
+            self.degraded_answers.update(found.degraded)
         order = np.argsort(-prob, kind="stable")[: request.top_k]
         return RankResponse(
             request_id=uuid.uuid4().hex,
@@ -139,26 +165,27 @@ class RankingService:
                 RankedItem(
                     item_id=candidates[row],
                     prob=float(prob[row]),
-                    unknown_item=bool(unknown[row]),
-                    no_content=not has_content[row],
+                    unknown_item=bool(found.unknown[row]),
+                    no_content=not found.has_content[row],
                 )
                 for row in order
             ],
             num_behaviors=len(behaviors),
             num_future_behaviors=num_future,
             default_features=absent,
-            model_version=self.model_version,
-            encoder_version=self.model.encoder_version,
+            degraded=list(found.degraded),
+            release=loaded.served.release,
+            model_version=loaded.model_version,
+            encoder_version=model.encoder_version,
         )
 
-    def _history(self, request: RankRequest, timestamp: int) -> tuple[list[str], list[int] | None, int]:
-        """The newest behaviors before the request, oldest first, their times if these are known, and how many are later."""
+    def _history(self, request: RankRequest, timestamp: int, newest: int) -> tuple[list[str], list[int] | None, int]:
+        """The `newest` behaviors before the request, oldest first, their times if these are known, and how many are later."""
         if request.behaviors is None:
             behaviors, times = self.behaviors.history(request.user_id)
         else:
             behaviors, given = request.behaviors, request.behavior_times
             times = None if given is None else [round(time.timestamp() * 1e6) for time in given]
-        newest = self.model.max_behaviors
         if times is None:
             return behaviors[-newest:], None, 0
         past = sorted((pair for pair in zip(times, behaviors, strict=True) if pair[0] < timestamp), key=itemgetter(0))
@@ -197,6 +224,9 @@ def ranking_api(service: RankingService, serving: Serving, traffic: Traffic | No
             encoder_version=service.model.encoder_version,
             num_items=len(service.model.items.vocabulary),
             default_features=dict(service.default_features),
+            degraded=dict(service.degraded_answers),
+            release=service.rollout.current.served.release,
+            refused=service.rollout.refused,
         )
 
     return guarded(app, serving.max_body_bytes)
@@ -205,29 +235,37 @@ def ranking_api(service: RankingService, serving: Serving, traffic: Traffic | No
 class RankingReplica:
     """One process that serves `ranking_api`."""
 
-    def __init__(self, served: Served, serving: Serving, arms: Mapping[str, Served]) -> None:
+    def __init__(
+        self,
+        served: Served,
+        serving: Serving,
+        machines: ParameterMachines | None = None,
+        follow: Scenario | None = None,
+        arms: Mapping[str, Served] | None = None,
+    ) -> None:
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
-        self._service = service = RankingService.open(served, serving)
+        self._service = service = RankingService.open(served, serving, machines, follow)
         self._serving = serving
-        other = lambda served: RankingService.open(served, serving, service.behaviors)  # noqa: E731
-        self._traffic = Traffic.open(serving, served, arms, other)
+        other = lambda served: RankingService.open(served, serving, behaviors=service.behaviors)  # noqa: E731
+        self._traffic = Traffic.open(serving, served, arms or {}, other)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return ranking_api(self._service, self._serving, self._traffic)
 
 
 def bind_ranking(scenario: Scenario, served: Served | None = None) -> Application:
-    """The Serve application of what is current; refuses early what a replica would refuse late.
+    """The Serve application of what is current, now and after later promotions; refuses early what a replica would refuse late.
 
     Args:
-        served: something else than `Served.of(scenario)`.
+        served: this, and no other, whatever is promoted.
 
     Raises:
         MimRayError: the run is not finished, versions do not match, or strangers could call.
     """
     serving = scenario.serving
     check_exposure(serving)
-    served = Served.of(scenario) if served is None else served
+    follow = scenario if served is None else None
+    served = Served.for_ranking(scenario) if served is None else served
     arms = arms_of(scenario, served)
     for one in (served, *arms.values()):
         _check_model(one)
@@ -238,7 +276,7 @@ def bind_ranking(scenario: Scenario, served: Served | None = None) -> Applicatio
         max_queued_requests=serving.max_queued_requests,
         ray_actor_options={"num_cpus": serving.cpus_per_replica},
     )(serve.ingress()(RankingReplica))
-    return deployment.bind(served, serving, arms)
+    return deployment.bind(served, serving, scenario.machines, follow, arms)
 
 
 def _check_model(served: Served) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from mim_ray import artifacts
+from mim_ray.ciubm.machine_export import MM_TABLE, networks_of
 from mim_ray.config import Scenario, load_scenario
 from mim_ray.config.scenario import ENCODER_FOLDERS, Arm
 from mim_ray.errors import ArtifactError, ConfigError
+from mim_ray.representation_center.machine_release import read_wanted
 from mim_ray.representation_center.release import Release, read_release, releases
 
 
@@ -44,6 +46,8 @@ class Served:
     Attributes:
         ctr: the CTR model. snapshot: MM embeddings. center: their table and the window of new items.
         release: number of the release that names them, None where nothing was promoted.
+        encoder_version: that the release names. serial: of the release as the parameter machines count; None where tables are
+            read from files.
     """
 
     ctr: str
@@ -52,6 +56,8 @@ class Served:
     center: str
     behaviors: str
     release: int | None = None
+    encoder_version: str | None = None
+    serial: int | None = None
 
     @classmethod
     def of(cls, scenario: Scenario) -> Served:
@@ -66,7 +72,7 @@ class Served:
 
     @classmethod
     def of_arm(cls, scenario: Scenario, arm: Arm, current: Served) -> Served:
-        """What an arm of an A/B test serves.
+        """What an arm of an A/B test serves, from files even where `current` is on parameter machines.
 
         Raises:
             ArtifactError: there is no release of that number. ConfigError: as `of`.
@@ -76,7 +82,36 @@ class Served:
             if not found:
                 raise ArtifactError(f"There is no release {arm.release}. `jobs/promote.py list` shows those there are.")
             return cls._of_release(scenario, found[0])
-        return current if arm.variant is None else replace(current, ctr=f"{_root(scenario)}/ctr/{arm.variant}")
+        if arm.variant is None:
+            return current
+        return replace(current, ctr=f"{_root(scenario)}/ctr/{arm.variant}", serial=None)
+
+    @classmethod
+    def for_ranking(cls, scenario: Scenario) -> Served:
+        """The release that the parameter machines hold, where machines.state names some; else as `of`.
+
+        Raises:
+            ArtifactError: the machines hold no promoted release, or it is not all there.
+            ConfigError: as of `of`.
+        """
+        state = scenario.machines.state
+        if state is None:
+            return cls.of(scenario)
+        serial, held = read_wanted(state)
+        known = {str(release.number): release for release in releases(_center(scenario))}
+        release = known.get(held.release_id)
+        if release is None:
+            raise ArtifactError(
+                f"The parameter machines of {state} hold {held.release_id}, which is no release of {_center(scenario)}. "
+                "Load the current one with jobs/machines.py."
+            )
+        served = replace(cls._of_release(scenario, release), serial=serial)
+        if held.dense != networks_of(served.ctr) or held.tables[MM_TABLE].snapshot != release.snapshot:
+            raise ArtifactError(
+                f"The parameter machines of {state} hold a release {release.number} of another model than {served.ctr} on "
+                f"{release.snapshot}. Load the current one with jobs/machines.py."
+            )
+        return served
 
     @classmethod
     def of_run(cls, scenario: Scenario) -> Served:
@@ -119,6 +154,7 @@ class Served:
             center=_center(scenario),
             behaviors=f"{_root(scenario)}/samples/behaviors",
             release=release.number,
+            encoder_version=release.encoder_version,
         )
 
 

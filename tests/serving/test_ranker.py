@@ -66,14 +66,13 @@ def test_behaviors_in_the_request_replace_the_stored_ones(client):
 
 
 def test_behaviors_with_times_are_sorted_and_later_ones_left_out(client, service, monkeypatch):
-    seen = []
+    seen, request = [], service.model.request
 
-    def score(_, behaviors, candidates, multi_get, *, behavior_times, timestamp, **__):
-        multi_get([*behaviors, *candidates])
-        seen.append((behaviors, behavior_times, timestamp))
-        return np.zeros(len(candidates))
+    def noted(user, behaviors, candidates, **options):
+        seen.append((behaviors, options["behavior_times"], options["timestamp"]))
+        return request(user, behaviors, candidates, **options)
 
-    monkeypatch.setattr(service.model, "score", score)
+    monkeypatch.setattr(service.model, "request", noted)
     body = {"user_id": "u1", "candidates": ["i1"], "timestamp": "2026-01-02T00:00:00Z"}
     days = ["2026-01-01T12:00:00Z", "2026-01-02T00:00:00Z", "2026-01-01T01:00:00+01:00", "2026-03-01T00:00:00Z"]
     answer = client.post("/v1/rank", json=body | {"behaviors": ["a", "b", "c", "d"], "behavior_times": days})
@@ -102,14 +101,13 @@ def with_features(client, service, monkeypatch):
     """The same client; the model has a categorical, a dense and a multi-valued feature. Gives the rows it was asked for."""
     kinds = {"device": "categorical", "price": "dense", "tags": "multi"}
     monkeypatch.setattr(type(service.model.features), "kinds", property(lambda _: kinds))
-    seen = []
+    seen, request = [], service.model.request
 
-    def score(_, behaviors, candidates, multi_get, *, context, **__):
-        multi_get([*behaviors, *candidates])
+    def noted(*asked, context, **options):
         seen.append(context.select(list(kinds)).to_pylist())
-        return np.zeros(len(candidates))
+        return request(*asked, **options)
 
-    monkeypatch.setattr(service.model, "score", score)
+    monkeypatch.setattr(service.model, "request", noted)
     return client, seen
 
 
@@ -200,7 +198,7 @@ def test_a_new_item_gets_content_and_its_category_without_a_restart(service, sma
 
 
 def test_a_score_that_is_no_number_is_never_answered(client, service, monkeypatch):
-    monkeypatch.setattr(service.model, "score", lambda *_, **__: np.array([np.nan]))
+    monkeypatch.setattr(service.model, "predict", lambda *_: np.array([np.nan]))
     answer = client.post("/v1/rank", json={"user_id": "u1", "candidates": ["i1"]})
     assert answer.status_code == 500
     assert set(answer.json()) == {"error"}

@@ -29,6 +29,8 @@ class Backbone(nn.Module):
 
     Attributes:
         width: of the interest.
+        shares_behaviors: `forward` takes one row of behaviors, mask, ages and cross features for all targets, (1, L, …), as a
+            ranking request has them. Without this attribute it is given repeated views.
     """
 
     width: int

@@ -34,6 +34,8 @@ _FEW = (
 class Sim(nn.Module):
     """h_B^ID = [long-term interest; short-term interest]."""
 
+    shares_behaviors = True
+
     def __init__(
         self,
         id_width: int,
@@ -126,6 +128,8 @@ class SoftSearch(nn.Module):
 
     def _scores(self, projected: Tensor, behaviors: Tensor) -> Tensor:
         query = projected @ self.of_behavior.weight / math.sqrt(projected.shape[1])  # (B, d): W_b moved to the target
+        if len(behaviors) == 1:
+            return query @ behaviors[0].t()
         return torch.bmm(behaviors, query.unsqueeze(-1)).squeeze(-1)
 
 
@@ -136,5 +140,5 @@ def _newest_of(behaviors: Tensor, mask: Tensor, side: Side, count: int) -> tuple
         return behaviors, mask, side
     start = (mask.sum(dim=1, keepdim=True) - count).clamp_min(0)
     index = start + torch.arange(count, device=mask.device)
-    of_these = [None if values is None else take(values, index) for values in side]
+    of_these = [None if values is None else take(values, index.expand(len(values), -1)) for values in side]
     return take(behaviors, index), take(mask, index), Side(*of_these)  # type: ignore[arg-type]
