@@ -111,8 +111,13 @@ class RowLog:
         whole = pa.concat_tables(parts) if parts else self.schema.append(pa.field(SEGMENT, pa.string())).empty_table()
         return whole.sort_by(SEGMENT)  # stable: rows of a segment keep their order
 
-    def read_newest_first(self, since: datetime | None = None, until: datetime | None = None) -> Iterator[pa.Table]:
+    def read_newest_first(
+        self, since: datetime | None = None, until: datetime | None = None, *, skip_damaged: bool = False
+    ) -> Iterator[pa.Table]:
         """The rows of `read` in pieces: what is not folded yet, then hour by hour back in time.
+
+        Args:
+            skip_damaged: tell of damaged files in the process' log, and leave them out.
 
         Raises:
             ArtifactError: a file is damaged.
@@ -122,15 +127,19 @@ class RowLog:
         waiting = {name: uri for name, uri in self._segments().items() if first <= segment_time(name) < last}
         taken: set[str] = set()
         for found, damaged in read_in_pieces(waiting):
-            if damaged:
-                raise next(iter(damaged.values()))
+            for error in damaged.values():
+                _raise_or_log(error, skip_damaged)
             if found:
                 yield pa.concat_tables([with_segment(rows, name) for name, rows in found.items()])
             taken |= found.keys()
         for uri in reversed(artifacts.list_files(f"{self.uri}/folded", ".parquet")):
             hour = _hour_ns(uri)
             if first - HOUR_NS < hour < last:
-                rows, names = read_folded(uri)
+                try:
+                    rows, names = read_folded(uri)
+                except ArtifactError as error:
+                    _raise_or_log(error, skip_damaged)
+                    continue
                 wanted = {name for name in names - taken if first <= segment_time(name) < last}
                 if wanted:
                     yield only_segments(rows, names, wanted)
@@ -225,13 +234,20 @@ class LogTail:
         """
         started, late = time.time(), []
         if started - self._polled_at > KEEP_S / 2:  # what came meanwhile may be folded and deleted by now
-            late = [self._log.read(since=datetime.fromtimestamp(self._polled_at - KEEP_S / 2, UTC)).drop([SEGMENT])]
+            since = datetime.fromtimestamp(self._polled_at - KEEP_S / 2, UTC)
+            late = [rows.drop([SEGMENT]) for rows in self._log.read_newest_first(since, skip_damaged=True)][::-1]
         self._waiting |= self._listing.new()
         found, damaged = read_segments(self._waiting)
         self._waiting, self._polled_at = {}, started
         for error in damaged.values():
             logger.error("%s", error)
         return late + list(found.values())
+
+
+def _raise_or_log(error: ArtifactError, skip: bool) -> None:
+    if not skip:
+        raise error
+    logger.error("%s", error)
 
 
 def _hour(time_ns: int) -> str:
