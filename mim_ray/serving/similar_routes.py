@@ -85,10 +85,9 @@ def add_similar_routes(app: FastAPI, similar: SimilarItems | None, embed: Embed 
         embed: makes a query's vector. Default: the new-item encoder app that runs beside this one.
     """
     embed = encoder_app() if embed is None else embed
-    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 422, 501, 503)}
-    also: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (404, 409)}
+    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 404, 422, 501, 503)}
 
-    @app.get("/v1/similar/{item_id:path}", responses=problems | also)
+    @app.get("/v1/similar/{item_id:path}", responses=problems | {409: {"model": Problem}})
     def similar_items(
         item_id: Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARS)],
         top_k: Annotated[int, Query(ge=1, le=MAX_TOP_K)] = 10,
@@ -139,7 +138,7 @@ def encoder_app(name: str = ENCODER_APP, deadline_s: float = ENCODER_DEADLINE_S)
 
 def _asked(similar: SimilarItems | None) -> SimilarItems:
     if similar is None:
-        raise HTTPException(501, "Similar items are switched off here. Start the app with serving.similar_items=true.")
+        raise HTTPException(404, "Similar items are switched off here. Start the app with serving.similar_items=true.")
     return similar
 
 
