@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mim_ray.ciubm.backbones import Side, WithAuxiliaryLoss
+from mim_ray.ciubm.backbones import Side, WithAttention, WithAuxiliaryLoss
 from mim_ray.ciubm.batch import EmbeddedBatch
 from mim_ray.ciubm.interest import (
     Norm,
     content_interest,
+    content_relevance,
     fusion_interest,
     relevance_and_comparable,
     similarity_histogram,
@@ -114,20 +115,34 @@ class CiUBM(nn.Module):
         loss = batch.target.new_zeros(())
         if self.backbone is None:
             return content, loss
-        side = Side(
-            batch.same_category,
-            batch.behavior_age_s,
-            batch.behavior_cross,
-            relevance if self.content_attention else None,
-        )
-        inputs = batch.target, batch.behaviors, batch.behavior_mask, side
-        if len(batch.behaviors) < len(batch.target) and not getattr(self.backbone, "shares_behaviors", False):
-            inputs = _repeated(*inputs)
+        inputs = self._inputs(batch, relevance)
         if label is not None and isinstance(self.backbone, WithAuxiliaryLoss):
             interest, loss = self.backbone.interest_and_loss(*inputs, label)
         else:
             interest = self.backbone(*inputs)
         return [interest, *content], loss
+
+    def relevance(self, batch: EmbeddedBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Which behaviors drive the interest: a_t,i of Eq. 1, the mean over heads, and a_t,i^MM of Eq. 7, each (B, L).
+
+        None for a backbone that weighs no single behavior, and without content.
+        """
+        of_content = None
+        if self.has_content:
+            assert batch.target_mm is not None
+            assert batch.behavior_mm is not None
+            of_content = content_relevance(batch.target_mm, batch.behavior_mm, batch.behavior_mask)
+        if not isinstance(self.backbone, WithAttention):
+            return None, of_content
+        return self.backbone.explain(*self._inputs(batch, of_content)).mean(dim=1), of_content
+
+    def _inputs(self, batch: EmbeddedBatch, relevance: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Side]:
+        """What the backbone is given."""
+        of_content = relevance if self.content_attention else None
+        side = Side(batch.same_category, batch.behavior_age_s, batch.behavior_cross, of_content)
+        if len(batch.behaviors) < len(batch.target) and not getattr(self.backbone, "shares_behaviors", False):
+            return _repeated(batch.target, batch.behaviors, batch.behavior_mask, side)
+        return batch.target, batch.behaviors, batch.behavior_mask, side
 
     def _content(self, batch: EmbeddedBatch) -> tuple[Tensor, list[Tensor]]:
         """The cosines of Eq. 7, and what follows h_B^ID in h_B."""

@@ -8,7 +8,7 @@ into the Delta table every `serving.window_s`. `NewItemEncoder` is plain Python,
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 from mim_ray import artifacts
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import Data, ParameterMachines, Serving
-from mim_ray.data.transforms import BadImage, clean_title, content_hash
+from mim_ray.data.transforms import clean_title, content_hash
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch, load_for_tables
 from mim_ray.errors import ArtifactError, RequestError
 from mim_ray.representation_center.known_content import KnownContent
@@ -34,12 +34,14 @@ from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import segment_rows
-from mim_ray.serving.decoding import ImageDecoder, TimeLeft
+from mim_ray.serving.fetch import check_prefixes
 from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded
 from mim_ray.serving.messages import EncodedItem, Health, NewItem, NewItemsRequest, NewItemsResponse, Problem, Ready
 from mim_ray.serving.metrics import Metrics, Versions, counted
 from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
+from mim_ray.serving.pictures import Pictures, TimeLimits
 from mim_ray.serving.query_encoder import QueryEncoder
+from mim_ray.serving.release_check import ReleaseCheck
 from mim_ray.serving.served import Served
 from mim_ray.serving.window_folding import WindowFolding
 
@@ -67,12 +69,15 @@ class _Content:
 class NewItemEncoder:
     """Encodes items and stores them in the window.
 
+    Attributes:
+        check_release: raises where this encoder is not the release's; ReleaseCheck, where releases are followed.
+
     Args:
         encoder: makes the embeddings; its version must be that of the embeddings being served.
         center: URI with the table and the window.
         limits: what pictures and titles are taken.
         push: sends what was stored to the parameter machines; without it they find it in the window.
-        decode_timeout_s: for the pictures of one request.
+        serving: time limits, and where image URLs may lead. Default: the default settings.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class NewItemEncoder:
         limits: Data,
         *,
         push: Push | None = None,
-        decode_timeout_s: float = 10.0,
+        serving: Serving | None = None,
     ) -> None:
         if encoder.encoder_version is None:
             raise ArtifactError("The encoder has no version: save it, and load it from there.")
@@ -91,8 +96,8 @@ class NewItemEncoder:
         self._window = f"{center}/window"
         self._limits = limits
         self._push = push
-        self._decoder = ImageDecoder.shared(limits.max_image_bytes, limits.max_image_pixels)
-        self._decode_timeout_s = decode_timeout_s
+        self.check_release: Callable[[], None] = lambda: None
+        self._pictures = Pictures(encoder.picture, limits, serving or Serving())
         self._known = KnownContent(
             EmbeddingTable(f"{center}/table"),
             self._window,
@@ -106,9 +111,11 @@ class NewItemEncoder:
 
         Raises:
             RequestError: a picture that cannot be used, an item without content, an id twice, a time in the future.
+            VersionMismatchError: this encoder is not the release's.
         """
+        self.check_release()
         now = datetime.now(UTC)
-        left = TimeLeft(self._decode_timeout_s)
+        left = self._pictures.time_limits()
         contents = [self._check(item, place, now, left) for place, item in enumerate(request.items)]
         ids = [content.item_id for content in contents]
         if len(set(ids)) < len(ids):
@@ -133,30 +140,17 @@ class NewItemEncoder:
             ]
         )
 
-    def _check(self, item: NewItem, place: int, now: datetime, left: TimeLeft) -> _Content:
+    def _check(self, item: NewItem, place: int, now: datetime, left: TimeLimits) -> _Content:
         title = clean_title(item.title, self._limits.max_title_chars)
-        if title is None and not item.image:
+        if title is None and not item.image and not item.image_url:
             raise RequestError(f"items[{place}] has neither an image nor a title. Send at least one of them.", 422)
         content_at = now if item.content_at is None else item.content_at
         if content_at > now + MAX_CLOCK_SKEW:
             text = "lies in the future, so that later content could never replace it. Send the time of the change."
             raise RequestError(f"items[{place}].content_at {text}", 422)
-        pixels = None
-        if item.image:
-            pixels = self._decode(item.image, place, left)
+        image, pixels = self._pictures.get(item, place, left)
         category = (item.category or "").partition("|")[0].strip() or None
-        return _Content(item.item_id, title, pixels, category, content_hash(title, item.image or None), content_at)
-
-    def _decode(self, image: bytes, place: int, left: TimeLeft) -> np.ndarray:
-        limits = self._limits
-        try:
-            return self._decoder.decode(image, self._encoder.picture, left)
-        except BadImage as error:
-            raise RequestError(
-                f"items[{place}].image: {error.reason} ({error.detail[:200]}). Send a JPEG, PNG, WebP or GIF file of at most "
-                f"{limits.max_image_bytes:,} bytes and {limits.max_image_pixels:,} pixels.",
-                422,
-            ) from None
+        return _Content(item.item_id, title, pixels, category, content_hash(title, image), content_at)
 
     def _store(self, contents: Sequence[_Content]) -> None:
         """One segment: durable when this returns."""
@@ -206,9 +200,10 @@ def new_item_api(encoder: NewItemEncoder, serving: Serving, metrics: Metrics | N
         """The process answers."""
         return Health()
 
-    @app.get("/v1/items/readyz")
+    @app.get("/v1/items/readyz", responses={503: {"model": Problem}})
     def readyz() -> Ready:
-        """The encoder is loaded, and which."""
+        """The encoder is loaded, and which; it is the release's."""
+        encoder.check_release()
         return Ready(status="ready", encoder_version=encoder.encoder_version)
 
     add_metrics_routes(app, metrics, path="/v1/items/metrics")
@@ -218,15 +213,30 @@ def new_item_api(encoder: NewItemEncoder, serving: Serving, metrics: Metrics | N
 class NewItemReplica:
     """One process that serves `new_item_api`."""
 
-    def __init__(self, served: Served, limits: Data, serving: Serving, machines: ParameterMachines) -> None:
+    def __init__(
+        self,
+        served: Served,
+        limits: Data,
+        serving: Serving,
+        machines: ParameterMachines,
+        follow: Scenario | None = None,
+    ) -> None:
+        served = served if follow is None else Served.of(follow)
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
         on_gpu = serving.gpus_per_replica > 0 and torch.cuda.is_available()
         encoder = load_for_tables(served.encoder, "cuda" if on_gpu else "cpu")
         _check_encoder(served, encoder.encoder_version)
         push = None if machines.state is None else ParameterClient(machines.state, machines).push
         self._encoder = NewItemEncoder(
-            encoder, served.center, limits, push=push, decode_timeout_s=serving.decode_timeout_s
+            encoder,
+            served.center,
+            limits,
+            push=push,
+            serving=serving,
         )
+        if follow is not None:
+            follow_s = serving.follow_release_s
+            self._encoder.check_release = ReleaseCheck(served.center, encoder.encoder_version, follow_s)
         self._queries = QueryEncoder(encoder, limits, decode_timeout_s=serving.decode_timeout_s)
         self._serving = serving
         self._folding = WindowFolding(served.center, serving.window_s)
@@ -246,17 +256,23 @@ class NewItemReplica:
             return error
         return vector, self._encoder.encoder_version
 
+    def check_health(self) -> None:
+        """Serve replaces a replica whose encoder is not the release's; until then it encodes nothing."""
+        self._encoder.check_release()
+
 
 def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> Application:
-    """The Serve application of what is current; refuses early what a replica would refuse late.
+    """The Serve application of what is current, now and after later promotions; refuses early what a replica would refuse late.
 
     Args:
-        served: something else than `Served.of(scenario)`.
+        served: this, and no other, whatever is promoted.
 
     Raises:
         MimRayError: the run is not finished, versions do not match, or strangers could call.
     """
+    follow = scenario if served is None else None
     serving = check_exposure(scenario.serving)
+    check_prefixes(serving.image_url_prefixes)
     served = Served.of(scenario) if served is None else served
     _check_encoder(served, artifacts.read_json(f"{served.encoder}/encoder.json").get("encoder_version"))
     deployment = serve.deployment(
@@ -267,7 +283,7 @@ def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> A
         backpressure_config=FULL_QUEUE,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
     )(serve.ingress()(NewItemReplica))
-    return deployment.bind(served, scenario.data, serving, scenario.machines)
+    return deployment.bind(served, scenario.data, serving, scenario.machines, follow)
 
 
 def _microseconds(at: datetime) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -18,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
+from fastapi.concurrency import run_in_threadpool
 from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
@@ -31,19 +31,21 @@ from mim_ray.errors import ReleaseGoneError
 from mim_ray.representation_center.parameter_store import ParameterStore
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.serving.answers import answer
 from mim_ray.serving.behavior_store import BehaviorStore
 from mim_ray.serving.events import add_event_routes
 from mim_ray.serving.limits import FULL_QUEUE, check_count, check_exposure, guarded
 from mim_ray.serving.live_behaviors import LiveBehaviors
 from mim_ray.serving.loaded import Loaded, LocalRows, RequestRows
-from mim_ray.serving.messages import Health, Problem, RankedItem, RankRequest, RankResponse, Ready
+from mim_ray.serving.messages import Health, Problem, RankRequest, RankResponse, Ready
 from mim_ray.serving.metrics import Metrics, Versions, counted
 from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
+from mim_ray.serving.query import QueryVector, check_takes_queries, encoded, has_query
 from mim_ray.serving.request_context import context_table
 from mim_ray.serving.rollout import Rollout, open_first
 from mim_ray.serving.served import Served
 from mim_ray.serving.similar import SimilarItems
-from mim_ray.serving.similar_routes import Embed, add_similar_routes
+from mim_ray.serving.similar_routes import Embed, add_similar_routes, encoder_app
 from mim_ray.serving.traffic import Traffic, arms_of
 
 RANK = "/v1/rank"
@@ -133,23 +135,27 @@ class RankingService:
         rows = self.rollout.current.rows
         return rows.store if isinstance(rows, LocalRows) else None
 
-    def rank(self, request: RankRequest) -> RankResponse:
+    def rank(self, request: RankRequest, query: QueryVector | None = None) -> RankResponse:
         """
+        Args:
+            query: of the request's query_text or query_image.
+
         Raises:
-            RequestError: too many candidates, or a context that does not fit the model.
-            UnavailableError: the parameter machines hold another release, and that cannot be opened.
+            RequestError: too many candidates, or a context or a query that does not fit the model.
+            UnavailableError: the parameter machines hold another release, and that cannot be opened; or the query is of
+                another encoder version than the model's.
         """
         check_count("candidates", len(request.candidates), self.max_candidates)
         loaded = self.rollout.current
         try:
-            return self._rank(request, loaded)
+            return self._rank(request, loaded, query)
         except ReleaseGoneError:  # the machines were faster than this replica
             newer = self.rollout.check()
             if newer is loaded:
                 raise
-            return self._rank(request, newer)
+            return self._rank(request, newer, query)
 
-    def _rank(self, request: RankRequest, loaded: Loaded) -> RankResponse:
+    def _rank(self, request: RankRequest, loaded: Loaded, query: QueryVector | None) -> RankResponse:
         model = loaded.model
         place = {item: number for number, item in reversed(list(enumerate(request.candidates)))}
         candidates = list(dict.fromkeys(request.candidates))
@@ -169,6 +175,7 @@ class RankingService:
             behavior_times=times,
             timestamp=timestamp,
             context=context,
+            query_mm=None if query is None else query.for_model(model),
         )
         began = time.perf_counter()
         found = loaded.rows.get(asked)
@@ -179,25 +186,15 @@ class RankingService:
         if not np.isfinite(prob).all():
             raise FloatingPointError("the CTR model gave a probability that is no number")
         self._count(found, absent)
-        order = np.argsort(-prob, kind="stable")[: request.top_k]
-        return RankResponse(
-            request_id=uuid.uuid4().hex,
-            items=[
-                RankedItem(
-                    item_id=candidates[row],
-                    prob=float(prob[row]),
-                    unknown_item=bool(found.unknown[row]),
-                    no_content=not found.has_content[row],
-                )
-                for row in order
-            ],
-            num_behaviors=len(behaviors),
+        return answer(
+            loaded,
+            asked,
+            found,
+            prob,
+            top_k=request.top_k,
+            explain=request.explain,
             num_future_behaviors=num_future,
             default_features=absent,
-            degraded=list(found.degraded),
-            release=loaded.served.release,
-            model_version=loaded.model_version,
-            encoder_version=model.encoder_version,
         )
 
     def _count(self, found: RequestRows, absent: Sequence[str]) -> None:
@@ -249,11 +246,22 @@ def ranking_api(
     app = FastAPI(title="mim_ray ranking", summary="Candidates of a user by click probability.")
     problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 413, 422, 503)}
 
-    @app.post(RANK, responses=problems)
-    def rank(request: RankRequest) -> RankResponse:
+    embed = encoder_app() if embed is None else embed
+
+    @app.post(RANK, response_model=RankResponse, responses=problems)
+    async def rank(request: RankRequest) -> Response:
         """Rank candidates for a user. Unknown users and items are scored too, by what is known."""
         service.metrics.parsed(RANK)
-        return service.rank(request) if traffic is None else traffic.rank(request, service)
+        query = None
+        if has_query(request):
+            if traffic is None:
+                check_takes_queries(service.model)
+            query = await encoded(request, embed)
+        return await run_in_threadpool(ranked, request, query)
+
+    def ranked(request: RankRequest, query: QueryVector | None) -> Response:
+        told = service.rank(request, query) if traffic is None else traffic.rank(request, service, query)
+        return Response(told.model_dump_json(), media_type="application/json")  # checked when it was built
 
     if isinstance(service.behaviors, LiveBehaviors):
         add_event_routes(app, service.behaviors)
