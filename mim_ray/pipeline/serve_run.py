@@ -60,6 +60,7 @@ def serve_run(scenario: Scenario) -> None:
             print("\nStopping …", flush=True)
         finally:
             local.stop()
+    print("Stopped.")
 
 
 def requests_to_try(scenario: Scenario, layout: Layout, base: str, folder: Path) -> list[Request]:

@@ -35,6 +35,7 @@ REPORT_EVERY_S = 1.0
 SILENT_S = 10.0  # then a process counts as dead
 IDLE_S = 600.0
 ANSWER_S = 2.0  # the actor has, when /metrics is asked
+WARN_AFTER = 10  # failed reports: while the actor starts, or is made again, some do
 MAX_DEAD = 100  # of which the counters are kept apart, should one of them only have been silent
 Labels = tuple[tuple[str, str], ...]
 
@@ -164,15 +165,15 @@ class Reporter:
             self._ray.show(families)
 
     def _run(self) -> None:
-        failing = False
+        failed = 0
         while not self._stop.wait(REPORT_EVERY_S):
             try:
                 self._send()
-                failing = False
+                failed = 0
             except (RayError, ValueError) as error:
-                if not failing:
-                    logger.warning("metrics cannot be joined at the moment: %s", type(error).__name__)
-                failing = True
+                failed += 1
+                if failed == WARN_AFTER:
+                    logger.warning("metrics of other processes cannot be joined: %s", type(error).__name__)
 
 
 class _RayMetrics:
