@@ -5,12 +5,13 @@ UV := .uv/bin/uv
 BIN := .venv/bin
 STAMP := .venv/.installed
 KILLS ?= 6
+PORT ?= 8000
 
 export PYTHONUNBUFFERED := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo bench test check format chaos wheel lock clean
+.PHONY: help setup demo serve bench test check format chaos wheel lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -28,6 +29,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: $(STAMP)  ## run every stage on a synthetic shop; writes runs/demo/report.html
 	$(BIN)/python jobs/demo.py
+
+serve: $(STAMP)  ## serve the demo's models on 127.0.0.1, PORT=n (8000), until Ctrl-C; prints requests to try
+	@$(BIN)/python jobs/serve_run.py serving.port=$(PORT)
 
 bench: $(STAMP)  ## measure the contrastive loss in a minute; writes runs/contrastive.json
 	$(BIN)/python benchmarks/contrastive.py --quick --json runs/contrastive.json

@@ -549,6 +549,10 @@ class Serving(Section):
     """Beyond that: 503, with Retry-After."""
     decode_timeout_s: PositiveFloat = 10.0
     """Pictures of one request that take longer to decode, all together, are refused, and their decoder is ended."""
+    image_url_prefixes: tuple[str, ...] = ()
+    """What an item's image_url may begin with: https://images.example.com/shop/. Default: no URL is fetched."""
+    image_url_timeout_s: PositiveFloat = 10.0
+    """For fetching the pictures of one request, all together."""
     keys_file: str | None = None
     """API keys, a local file on every node (python -m mim_ray.serving.keys new). With keys, every caller needs one. More may
     be in the environment variable MIM_RAY_API_KEYS."""

@@ -31,7 +31,8 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass
 class TimeLeft:
-    """What one request may still spend on decoding; waiting for another request's pictures does not count."""
+    """What one request may still spend on its pictures. Waiting for another request's pictures
+    does not count."""
 
     seconds: float
 

@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from mim_ray.config.scenario import Serving
 from mim_ray.data.schema import TIME
+from mim_ray.representation_center import window_folder
 from mim_ray.serving.background import repeat
 from mim_ray.serving.row_log import RowLog
 
@@ -70,7 +71,9 @@ class Exposures:
         self.num_logged = self.num_dropped = 0
         self._log = log
         self._queue: queue.Queue[Shown] = queue.Queue(max_queued)
-        self._unstored: list[Shown] = []  # met an error, to be tried again
+        self._batch: tuple[str, list[Shown]] | None = (
+            None  # and the id of its segment, which stays when it is tried again
+        )
         self._writing = threading.Lock()
         self._stop = threading.Event()
 
@@ -103,12 +106,16 @@ class Exposures:
         """
         with self._writing:
             while True:
-                self._unstored += _take(self._queue, MAX_SEGMENT - len(self._unstored))
-                if not self._unstored:
+                if self._batch is None:
+                    self._batch = (window_folder.new_segment_id(), _take(self._queue, MAX_SEGMENT))
+                segment_id, answers = self._batch
+                rows = rows_of(answers)
+                if rows.num_rows:
+                    self._log.append_as(segment_id, rows)
+                self.num_logged += len(answers)
+                self._batch = None
+                if not answers:
                     return
-                self._log.append(rows_of(self._unstored))
-                self.num_logged += len(self._unstored)
-                self._unstored = []
 
     def stop(self) -> None:
         """Store what waits, and take no more care of what comes."""
@@ -139,7 +146,7 @@ def shown_now(
 
 def rows_of(answers: Sequence[Shown]) -> pa.Table:
     """Rows of SCHEMA, one for each item."""
-    sizes = np.array([len(shown.item_ids) for shown in answers])
+    sizes = np.array([len(shown.item_ids) for shown in answers], np.int64)
     answer = pa.array(np.repeat(np.arange(len(answers)), sizes))
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
     columns = {
@@ -165,6 +172,6 @@ def _take(waiting: queue.Queue[Shown], most: int) -> list[Shown]:
 
 
 def _write_rest(waiting: queue.Queue[Shown], log: RowLog) -> None:
-    rest = _take(waiting, MAX_QUEUED)
-    if rest:
-        log.append(rows_of(rest))
+    rows = rows_of(_take(waiting, MAX_QUEUED))
+    if rows.num_rows:
+        log.append(rows)

@@ -9,6 +9,7 @@ import asyncio
 import ipaddress
 import json
 import logging
+import traceback
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -64,8 +65,9 @@ class Guard:
 
         try:
             await self._app({**scope, "root_path": ""}, replay, send)
-        except Exception:  # starlette raises again what limits.py has answered: log it here, once
-            logger.exception("a request failed")
+        except Exception as error:  # noqa: BLE001  (limits.py has answered it; it is logged here, once)
+            lines = "".join(traceback.format_tb(error.__traceback__))  # without the message: it may name a user
+            logger.error("a request met %s\n%s", type(error).__name__, lines)
 
     def _check_caller(self, scope: Scope) -> None:
         from_outside = not _arrived_here(scope)

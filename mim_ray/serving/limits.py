@@ -24,7 +24,9 @@ from mim_ray.config.scenario import Serving
 from mim_ray.errors import ConfigError, MimRayError, RequestError
 from mim_ray.serving.guard import Guard, is_loopback
 from mim_ray.serving.keys import VARIABLE, KeyRing
+from mim_ray.serving.openapi import document
 
+MAX_SENTENCE_CHARS = 1_000
 logger = logging.getLogger("ray.serve")
 FULL_QUEUE = BackpressureConfig(status_code=503, retry_after_s=1.0)
 """How Serve's proxy refuses what max_queued_requests leaves no place for: at once, in plain text."""
@@ -81,6 +83,7 @@ def guarded(app: FastAPI, serving: Serving) -> ASGIApp:
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(MimRayError, _our_problem)
     app.add_exception_handler(Exception, _our_fault)
+    document(app)
     checked = check_exposure(serving)
     return Guard(app, checked, KeyRing.of(checked), exposed=exposed_by(checked) is not None)
 
@@ -113,7 +116,11 @@ async def _our_fault(_: Request, error: Exception) -> JSONResponse:
 
 async def _our_problem(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestError):
-        return JSONResponse({"error": error.message}, status_code=error.status)
+        sentence = error.message  # it may name what the caller sent: a key of a dictionary, for one
+        if len(sentence) > MAX_SENTENCE_CHARS:
+            half = MAX_SENTENCE_CHARS // 2 - 1
+            sentence = f"{sentence[:half]}…{sentence[-half:]}"
+        return JSONResponse({"error": sentence.encode("utf-8", "replace").decode()}, status_code=error.status)
     logger.error("a request met %s: %s", type(error).__name__, error)
     text = "The tables or models behind this endpoint cannot be used now. Try again; the replica's log has the reason."
     return JSONResponse({"error": text}, status_code=503)

@@ -71,7 +71,7 @@ class LiveBehaviors:
             behaviors: URI of the store's Parquet files. center: of the representation center with the log.
 
         Raises:
-            ArtifactError: no store is there, or a file of the log is damaged.
+            ArtifactError: no store is there.
         """
         live = cls(
             BehaviorStore.open(behaviors),
@@ -127,8 +127,9 @@ class LiveBehaviors:
             self._forget()
 
     def load(self, since: datetime) -> None:
-        """Take in the events received since then, the newest first, until memory's bound is reached."""
-        for rows in self._log.read_newest_first(since):
+        """Take in the events received since then, the newest first, until memory's bound is reached. Damaged files are left
+        out: a replica that cannot start is worse."""
+        for rows in self._log.read_newest_first(since, skip_damaged=True):
             self._take_in(rows)
             if self._num_live >= self._max_live_behaviors:
                 logger.warning("serving.max_live_behaviors is reached: older events are not read back")

@@ -1,7 +1,7 @@
 """What the apps count, with prometheus-client: one `Metrics` in each process, the same names in all of them.
 
-    metrics = Metrics("ranking", model_version="sim-mim-…", encoder_version="csft-…")
-    metrics.watch_store(store)
+    metrics = Metrics("ranking", lambda: Versions("sim-mim-…", "csft-…"))
+    metrics.watch_embeddings(lambda: store)
     api = counted(guarded(app, …), app, metrics)         # requests by route and status, latency, requests in work
     add_metrics_routes(app, metrics)                      # /metrics of all processes (metrics_hub.py), or of this one
 
@@ -12,10 +12,11 @@ declared features: never a user, an item or a token.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from math import isnan, nan
 from typing import Literal
 
 import numpy as np
@@ -37,10 +38,21 @@ GAUGES: dict[str, tuple[str, Joined]] = {
     "mim_ray_newest_item_age_seconds": ("Since an item came after the snapshot; 0 before the first.", "max"),
     "mim_ray_overlay_items": ("Items that came after the snapshot.", "max"),
     "mim_ray_fold_age_seconds": ("Since the window was last folded into the table.", "max"),
+    "mim_ray_live_behaviors": ("Behaviors from posted events in memory.", "max"),
+    "mim_ray_release_refused": ("1 while a promoted release cannot be served.", "max"),
     "mim_ray_index_recall": ("Share of the true nearest items that similar items finds; 0 while it is built.", "mean"),
 }
 """Values of now: name -> what it is, and how those of several processes become one."""
 _started: ContextVar[float] = ContextVar("started")
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What a process serves; release: its number, if one was promoted."""
+
+    model: str | None = None
+    encoder: str | None = None
+    release: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,22 +69,14 @@ class Metrics:
     """
     Args:
         app: "ranking" or "new_item_encoder".
-        release: number of the release that is served, if one was promoted.
+        versions: what is served now.
         capacity: requests that this process works on at once.
 
     Attributes:
         joined: gives the metrics of all processes; of this one until a `Reporter` is there.
     """
 
-    def __init__(
-        self,
-        app: str,
-        *,
-        model_version: str | None = None,
-        encoder_version: str | None = None,
-        release: int | None = None,
-        capacity: int = 0,
-    ) -> None:
+    def __init__(self, app: str, versions: Callable[[], Versions] = Versions, capacity: int = 0) -> None:
         self.app = app
         self.joined: Callable[[], list[Family]] = self.families
         self._registry = registry = CollectorRegistry()
@@ -87,7 +91,7 @@ class Metrics:
             registry=registry,
         )
         self._degraded = Counter(
-            "mim_ray_degraded_answers", "Rankings without the content that they should have.", registry=registry
+            "mim_ray_degraded_answers", "Rankings that lacked what could not be read.", ["missing"], registry=registry
         )
         self._candidates = Counter("mim_ray_candidates", "Candidates ranked.", registry=registry)
         self._unknown = Counter("mim_ray_unknown_items", "Candidates without an ID embedding.", registry=registry)
@@ -102,31 +106,29 @@ class Metrics:
             "mim_ray_embedding_cosine", "Cosine of MM vectors of candidates that follow each other.", registry=registry
         )
         self._gauges: dict[str, Gauge] = {}
-        self._versions = Gauge(
+        self._versions = versions
+        self._version_info = Gauge(
             "mim_ray_version_info",
             "Processes that serve these versions.",
             ["app", "model_version", "encoder_version", "release"],
             registry=registry,
         )
-        self.serves(model_version, encoder_version, release)
         self._ongoing = self._gauge("mim_ray_ongoing_requests")
         self._gauge("mim_ray_request_capacity").labels(app).set(capacity)
-
-    def serves(self, model_version: str | None, encoder_version: str | None, release: int | None) -> None:
-        """These versions answer from now on."""
-        self._versions.clear()
-        number = "" if release is None else str(release)
-        self._versions.labels(self.app, model_version or "", encoder_version or "", number).set(1)
 
     def watch(self, name: str, value: Callable[[], float]) -> None:
         """Ask for the value of one of `GAUGES` whenever metrics are read."""
         self._gauge(name).labels(self.app).set_function(value)
 
-    def watch_store(self, store: ParameterStore) -> None:
-        """How fresh a store's embeddings are."""
-        self.watch("mim_ray_freshness_seconds", lambda: store.lookup.behind_s)
-        self.watch("mim_ray_overlay_items", lambda: store.num_overlay_rows)
-        self.watch("mim_ray_newest_item_age_seconds", lambda: _age_s(store.lookup.newest_ns))
+    def watch_embeddings(self, store: Callable[[], ParameterStore | None]) -> None:
+        """How fresh the embeddings are that are read in this process; where it reads none there is no such sample."""
+
+        def ask(value: Callable[[ParameterStore], float]) -> Callable[[], float]:
+            return lambda: nan if (now := store()) is None else value(now)
+
+        self.watch("mim_ray_freshness_seconds", ask(lambda store: store.lookup.behind_s))
+        self.watch("mim_ray_overlay_items", ask(lambda store: store.num_overlay_rows))
+        self.watch("mim_ray_newest_item_age_seconds", ask(lambda store: _age_s(store.lookup.newest_ns)))
 
     def stage(self, route: str, stage: Stage, seconds: float) -> None:
         """Time that one request spent in a stage."""
@@ -138,17 +140,23 @@ class Metrics:
         if started is not None:  # not called by hand
             self.stage(route, "parse", time.perf_counter() - started)
 
-    def ranked(self, *, candidates: int, unknown: int, without_content: int, default_features: Iterable[str]) -> None:
-        """One answer's counts of candidates, and the features that it lacked."""
+    def ranked(
+        self,
+        *,
+        candidates: int,
+        unknown: int,
+        without_content: int,
+        default_features: Iterable[str],
+        degraded: Sequence[str] = (),
+    ) -> None:
+        """One answer's counts of candidates, the features that it lacked, and what could not be read for it."""
         self._candidates.inc(candidates)
         self._unknown.inc(unknown)
         self._no_content.inc(without_content)
         for feature in default_features:
             self._defaults.labels(feature).inc()
-
-    def degraded(self) -> None:
-        """One ranking was answered without content because that could not be had in time."""
-        self._degraded.inc()
+        if degraded:
+            self._degraded.labels(",".join(degraded)).inc()
 
     def encoded(self, *, changed: int, unchanged: int) -> None:
         """One answer of the new-item encoder."""
@@ -188,6 +196,10 @@ class Metrics:
 
     def families(self) -> list[Family]:
         """All metrics with their values of now."""
+        now = self._versions()
+        release = "" if now.release is None else str(now.release)
+        self._version_info.clear()
+        self._version_info.labels(self.app, now.model or "", now.encoder or "", release).set(1)
         return [
             Family(
                 found.name,
@@ -196,7 +208,7 @@ class Metrics:
                 tuple(
                     (sample.name, tuple(sorted(sample.labels.items())), float(sample.value))
                     for sample in found.samples
-                    if not sample.name.endswith("_created")
+                    if not sample.name.endswith("_created") and not isnan(sample.value)
                 ),
             )
             for found in self._registry.collect()

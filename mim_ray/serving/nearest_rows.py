@@ -44,24 +44,28 @@ class NearestRows:
         snapshot: whose row numbers are answered.
         recall: measured share of the true ten nearest rows that a search finds; 1 for an exact one.
         num_lists_read: of the inverted file; 0 for an exact search.
+        num_bytes: of the index.
     """
 
-    def __init__(self, snapshot: Snapshot, index: Any, *, recall: float, num_lists_read: int) -> None:
-        self.snapshot, self.recall, self.num_lists_read = snapshot, recall, num_lists_read
+    def __init__(
+        self, snapshot: Snapshot, index: Any, *, recall: float, num_lists_read: int, num_bytes: int = 0
+    ) -> None:
+        self.snapshot, self.recall, self.num_lists_read, self.num_bytes = snapshot, recall, num_lists_read, num_bytes
         self._index = index
 
     @classmethod
-    def open(cls, snapshot: Snapshot, *, exact_rows: int, recall: float) -> NearestRows:
+    def open(cls, snapshot: Snapshot, *, exact_rows: int, recall: float, folder: Path | None = None) -> NearestRows:
         """Map the index of a snapshot; the first call on a machine builds it, others wait for that.
 
         Args:
             exact_rows: snapshots of at most so many rows are searched exactly. recall: that a larger one's index must reach.
+            folder: where the index is kept. Default: nearest/ in the cache folder.
 
         Raises:
             ConfigError: FAISS is not installed.
         """
         faiss = _faiss()
-        folder = Path(os.environ.get("MIM_RAY_CACHE", Path.home() / ".cache" / "mim_ray")) / "nearest"
+        folder = folder or Path(os.environ.get("MIM_RAY_CACHE", Path.home() / ".cache" / "mim_ray")) / "nearest"
         folder.mkdir(parents=True, exist_ok=True)
         line = artifacts.fingerprint(snapshot.line, FORMAT, faiss.__version__, exact_rows, recall)[:16]
         path = folder / f"{line}-{snapshot.snapshot_id}.faiss"
@@ -74,8 +78,8 @@ class NearestRows:
                     old.unlink(missing_ok=True)
             described = json.loads(path.with_suffix(".json").read_text())
             flag = faiss.IO_FLAG_MMAP if described["num_lists_read"] else faiss.IO_FLAG_MMAP_IFC
-            index = faiss.read_index(str(path), flag)
-        return cls(snapshot, index, **described)
+            index, num_bytes = faiss.read_index(str(path), flag), path.stat().st_size
+        return cls(snapshot, index, num_bytes=num_bytes, **described)
 
     def search(self, vector: np.ndarray, k: int, *, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """

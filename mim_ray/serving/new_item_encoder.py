@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 from mim_ray import artifacts
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import Data, ParameterMachines, Serving
-from mim_ray.data.transforms import BadImage, clean_title, content_hash
+from mim_ray.data.transforms import clean_title, content_hash
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch, load_for_tables
 from mim_ray.errors import ArtifactError, RequestError
 from mim_ray.representation_center.known_content import KnownContent
@@ -34,11 +34,12 @@ from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import segment_rows
-from mim_ray.serving.decoding import ImageDecoder, TimeLeft
+from mim_ray.serving.fetch import check_prefixes
 from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded
 from mim_ray.serving.messages import EncodedItem, Health, NewItem, NewItemsRequest, NewItemsResponse, Problem, Ready
-from mim_ray.serving.metrics import Metrics, counted
+from mim_ray.serving.metrics import Metrics, Versions, counted
 from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
+from mim_ray.serving.pictures import Pictures, TimeLimits
 from mim_ray.serving.query_encoder import QueryEncoder
 from mim_ray.serving.release_check import ReleaseCheck
 from mim_ray.serving.served import Served
@@ -76,7 +77,7 @@ class NewItemEncoder:
         center: URI with the table and the window.
         limits: what pictures and titles are taken.
         push: sends what was stored to the parameter machines; without it they find it in the window.
-        decode_timeout_s: for the pictures of one request.
+        serving: time limits, and where image URLs may lead. Default: the default settings.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class NewItemEncoder:
         limits: Data,
         *,
         push: Push | None = None,
-        decode_timeout_s: float = 10.0,
+        serving: Serving | None = None,
     ) -> None:
         if encoder.encoder_version is None:
             raise ArtifactError("The encoder has no version: save it, and load it from there.")
@@ -96,8 +97,7 @@ class NewItemEncoder:
         self._limits = limits
         self._push = push
         self.check_release: Callable[[], None] = lambda: None
-        self._decoder = ImageDecoder.shared(limits.max_image_bytes, limits.max_image_pixels)
-        self._decode_timeout_s = decode_timeout_s
+        self._pictures = Pictures(encoder.picture, limits, serving or Serving())
         self._known = KnownContent(
             EmbeddingTable(f"{center}/table"),
             self._window,
@@ -115,7 +115,7 @@ class NewItemEncoder:
         """
         self.check_release()
         now = datetime.now(UTC)
-        left = TimeLeft(self._decode_timeout_s)
+        left = self._pictures.time_limits()
         contents = [self._check(item, place, now, left) for place, item in enumerate(request.items)]
         ids = [content.item_id for content in contents]
         if len(set(ids)) < len(ids):
@@ -140,30 +140,17 @@ class NewItemEncoder:
             ]
         )
 
-    def _check(self, item: NewItem, place: int, now: datetime, left: TimeLeft) -> _Content:
+    def _check(self, item: NewItem, place: int, now: datetime, left: TimeLimits) -> _Content:
         title = clean_title(item.title, self._limits.max_title_chars)
-        if title is None and not item.image:
+        if title is None and not item.image and not item.image_url:
             raise RequestError(f"items[{place}] has neither an image nor a title. Send at least one of them.", 422)
         content_at = now if item.content_at is None else item.content_at
         if content_at > now + MAX_CLOCK_SKEW:
             text = "lies in the future, so that later content could never replace it. Send the time of the change."
             raise RequestError(f"items[{place}].content_at {text}", 422)
-        pixels = None
-        if item.image:
-            pixels = self._decode(item.image, place, left)
+        image, pixels = self._pictures.get(item, place, left)
         category = (item.category or "").partition("|")[0].strip() or None
-        return _Content(item.item_id, title, pixels, category, content_hash(title, item.image or None), content_at)
-
-    def _decode(self, image: bytes, place: int, left: TimeLeft) -> np.ndarray:
-        limits = self._limits
-        try:
-            return self._decoder.decode(image, self._encoder.picture, left)
-        except BadImage as error:
-            raise RequestError(
-                f"items[{place}].image: {error.reason} ({error.detail[:200]}). Send a JPEG, PNG, WebP or GIF file of at most "
-                f"{limits.max_image_bytes:,} bytes and {limits.max_image_pixels:,} pixels.",
-                422,
-            ) from None
+        return _Content(item.item_id, title, pixels, category, content_hash(title, image), content_at)
 
     def _store(self, contents: Sequence[_Content]) -> None:
         """One segment: durable when this returns."""
@@ -189,7 +176,7 @@ class NewItemEncoder:
 
 def new_item_api(encoder: NewItemEncoder, serving: Serving, metrics: Metrics | None = None) -> ASGIApp:
     """The HTTP face of an encoder, with its limits. All paths begin with /v1/items, so that another app may have the rest."""
-    metrics = Metrics(APP, encoder_version=encoder.encoder_version) if metrics is None else metrics
+    metrics = Metrics(APP, lambda: Versions(None, encoder.encoder_version)) if metrics is None else metrics
     app = FastAPI(
         title="mim_ray new items",
         summary="New items become rankable.",
@@ -241,17 +228,20 @@ class NewItemReplica:
         _check_encoder(served, encoder.encoder_version)
         push = None if machines.state is None else ParameterClient(machines.state, machines).push
         self._encoder = NewItemEncoder(
-            encoder, served.center, limits, push=push, decode_timeout_s=serving.decode_timeout_s
+            encoder,
+            served.center,
+            limits,
+            push=push,
+            serving=serving,
         )
         if follow is not None:
             follow_s = serving.follow_release_s
             self._encoder.check_release = ReleaseCheck(served.center, encoder.encoder_version, follow_s)
-        self._queries = QueryEncoder(encoder, limits)
+        self._queries = QueryEncoder(encoder, limits, decode_timeout_s=serving.decode_timeout_s)
         self._serving = serving
         self._folding = WindowFolding(served.center, serving.window_s)
-        self._metrics = Metrics(
-            APP, encoder_version=encoder.encoder_version, release=served.release, capacity=MAX_ONGOING_REQUESTS
-        )
+        versions = Versions(None, encoder.encoder_version, served.release)
+        self._metrics = Metrics(APP, lambda: versions, MAX_ONGOING_REQUESTS)
         self._metrics.watch("mim_ray_fold_age_seconds", self._folding.age_s)
         self._reporter = Reporter(self._metrics)
 
@@ -282,6 +272,7 @@ def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> A
     """
     follow = scenario if served is None else None
     serving = check_exposure(scenario.serving)
+    check_prefixes(serving.image_url_prefixes)
     served = Served.of(scenario) if served is None else served
     _check_encoder(served, artifacts.read_json(f"{served.encoder}/encoder.json").get("encoder_version"))
     deployment = serve.deployment(

@@ -5,16 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from mim_ray.config.scenario import Data
-from mim_ray.data.transforms import BadImage, clean_title, decode_image
+from mim_ray.data.transforms import BadImage, clean_title
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch, encode_queries
 from mim_ray.errors import RequestError
+from mim_ray.serving.decoding import ImageDecoder, TimeLeft
 
 
 class QueryEncoder:
     """Args: as of `NewItemEncoder`."""
 
-    def __init__(self, encoder: ItemEncoder, limits: Data) -> None:
+    def __init__(self, encoder: ItemEncoder, limits: Data, *, decode_timeout_s: float = 10.0) -> None:
         self._encoder, self._limits = encoder, limits
+        self._decoder = ImageDecoder.shared(limits.max_image_bytes, limits.max_image_pixels)
+        self._decode_timeout_s = decode_timeout_s
 
     def embed(self, image: bytes | None, title: str | None) -> np.ndarray:
         """(D,) of length 1: h^img of a picture, which C-SFT trains to be near the h^MM of what was bought (Eq. 5); h^txt of a
@@ -30,10 +33,10 @@ class QueryEncoder:
         pixels = np.zeros((1, 3, size, size), np.uint8)
         if image:
             try:
-                pixels[0] = decode_image(image, self._encoder.picture, limits.max_image_bytes, limits.max_image_pixels)
+                pixels[0] = self._decoder.decode(image, self._encoder.picture, TimeLeft(self._decode_timeout_s))
             except BadImage as error:
                 raise RequestError(
-                    f"image: {error.reason} ({error.detail[:200]}). Send a JPEG, PNG or WebP file of at most "
+                    f"image: {error.reason} ({error.detail[:200]}). Send a JPEG, PNG, WebP or GIF file of at most "
                     f"{limits.max_image_bytes:,} bytes and {limits.max_image_pixels:,} pixels.",
                     422,
                 ) from None

@@ -38,7 +38,7 @@ from mim_ray.serving.limits import FULL_QUEUE, check_count, check_exposure, guar
 from mim_ray.serving.live_behaviors import LiveBehaviors
 from mim_ray.serving.loaded import Loaded, LocalRows, RequestRows
 from mim_ray.serving.messages import Health, Problem, RankRequest, RankResponse, Ready
-from mim_ray.serving.metrics import Metrics, counted
+from mim_ray.serving.metrics import Metrics, Versions, counted
 from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
 from mim_ray.serving.query import QueryVector, check_takes_queries, encoded, has_query
 from mim_ray.serving.request_context import context_table
@@ -58,6 +58,7 @@ class RankingService:
     Args:
         rollout: the release that serves.
         behaviors: used when a request brings none.
+        metrics: of another service in this process, which counts for this one too.
 
     Attributes:
         default_features: how many requests lacked each declared feature.
@@ -78,9 +79,12 @@ class RankingService:
         self.default_features: Counter[str] = Counter()
         self.degraded_answers: Counter[str] = Counter()
         self._counting = threading.Lock()
-        self.metrics = Metrics("ranking", capacity=MAX_ONGOING_REQUESTS) if metrics is None else metrics
+        self.metrics = Metrics("ranking", self._versions, MAX_ONGOING_REQUESTS) if metrics is None else metrics
         if metrics is None:
-            self.rollout.on_switch(self._watch)
+            self.metrics.watch_embeddings(lambda: self.embeddings)
+            self.metrics.watch("mim_ray_release_refused", lambda: float(rollout.refused is not None))
+            if isinstance(behaviors, LiveBehaviors):
+                self.metrics.watch("mim_ray_live_behaviors", lambda: behaviors.num_live)
 
     @classmethod
     def open(
@@ -96,7 +100,7 @@ class RankingService:
         Args:
             machines: needed where `served` is on parameter machines.
             follow: serve what is current in this scenario, now and later; `served` where it cannot be served now.
-            behaviors, metrics: those of another service, shared with it.
+            behaviors, metrics: of another service in this process, shared with it.
 
         Raises:
             ArtifactError: something is missing or damaged.
@@ -173,12 +177,12 @@ class RankingService:
             context=context,
             query_mm=None if query is None else query.for_model(model),
         )
-        started = time.perf_counter()
+        began = time.perf_counter()
         found = loaded.rows.get(asked)
-        looked_up = time.perf_counter()
+        looked = time.perf_counter()
         prob = model.predict(found.batch, found.tables)  # (C,)
-        self.metrics.stage(RANK, "lookup", looked_up - started)
-        self.metrics.stage(RANK, "network", time.perf_counter() - looked_up)
+        self.metrics.stage(RANK, "lookup", looked - began)
+        self.metrics.stage(RANK, "network", time.perf_counter() - looked)
         if not np.isfinite(prob).all():
             raise FloatingPointError("the CTR model gave a probability that is no number")
         self._count(found, absent)
@@ -202,19 +206,15 @@ class RankingService:
             unknown=int(found.unknown.sum()),
             without_content=int((~found.has_content).sum()),
             default_features=absent,
+            degraded=found.degraded,
         )
-        if found.degraded:
-            self.metrics.degraded()
         if found.batch.mm is not None:
             candidates = found.batch.mm.numpy()[-len(found.unknown) :]  # (C, D)
             self.metrics.embeddings(candidates if found.has_content.all() else candidates[found.has_content])
 
-    def _watch(self, loaded: Loaded) -> None:
-        """Metrics of the release that serves now."""
-        model = loaded.model
-        self.metrics.serves(loaded.model_version, model.encoder_version, loaded.served.release)
-        if isinstance(loaded.rows, LocalRows):
-            self.metrics.watch_store(loaded.rows.store)
+    def _versions(self) -> Versions:
+        now = self.rollout.current
+        return Versions(now.model_version, now.model.encoder_version, now.served.release)
 
     def _history(self, request: RankRequest, timestamp: int, newest: int) -> tuple[list[str], list[int] | None, int]:
         """The `newest` behaviors before the request, oldest first, their times if these are known, and how many are later."""
@@ -303,17 +303,23 @@ class RankingReplica:
     ) -> None:
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
         self._service = service = RankingService.open(served, serving, machines, follow)
-        self._similar = None
-        if serving.similar_items:
-            self._similar = similar = SimilarItems.open(served, serving, service.model.items)
-            service.rollout.on_switch(lambda loaded: similar.show(loaded.served.snapshot, loaded.model.items))
-            service.metrics.watch("mim_ray_index_recall", similar.recall)
-        self._reporter = Reporter(service.metrics)
         self._serving = serving
-        other = lambda served: RankingService.open(  # noqa: E731
-            served, serving, machines, None, service.behaviors, service.metrics
+        other = partial(
+            RankingService.open,
+            serving=serving,
+            machines=machines,
+            behaviors=service.behaviors,
+            metrics=service.metrics,
         )
         self._traffic = Traffic.open(serving, served, arms or {}, other)
+        self._similar = None
+        if serving.similar_items:
+            self._similar = SimilarItems(
+                lambda: service.rollout.current, exact_rows=serving.exact_search_rows, recall=serving.search_recall
+            )
+            self._similar.start()
+            service.metrics.watch("mim_ray_index_recall", self._similar.recall)
+        self._reporter = Reporter(service.metrics)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return ranking_api(self._service, self._serving, self._traffic, self._similar)

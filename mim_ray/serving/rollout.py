@@ -55,18 +55,11 @@ class Rollout(Generic[OpenRelease]):
         self.refused: str | None = None
         self.num_switches = 0
         self._read, self._open, self._retry_s = read, open, retry_s
-        self._switched: list[Callable[[OpenRelease], None]] = []
         self._failed: Served | None = None
         self._retry_at = 0.0
         self._checking = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-
-    def on_switch(self, call: Callable[[OpenRelease], None]) -> None:
-        """Call with the release that serves: now, and whenever it is another one."""
-        with self._checking:
-            self._switched.append(call)
-            call(self.current)
 
     def start(self, every_s: float) -> None:
         """Look for a new release every so many seconds, in a thread."""
@@ -109,11 +102,6 @@ class Rollout(Generic[OpenRelease]):
         before, self.current = self.current, opened
         self.refused = self._failed = None
         self.num_switches += 1
-        for call in self._switched:
-            try:
-                call(opened)
-            except Exception:  # the release serves; what follows it (similar items, metrics) stays with the one before
-                logger.exception("%s serves, but not all that follows it could be switched.", name)
         before.close()
         logger.warning("%s serves now, instead of %s.", name, _name(before.served))
 

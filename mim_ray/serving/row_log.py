@@ -87,6 +87,15 @@ class RowLog:
                 self._write([part for part, _ in batch], [done for _, done in batch])
         return mine.result()
 
+    def append_as(self, segment_id: str, rows: pa.Table) -> None:
+        """Store rows durably as the segment of this id (window_folder.new_segment_id). Again with the same id and rows it
+        changes nothing: for who cannot know whether a first try succeeded.
+
+        Raises:
+            StorageError, OSError: they may be stored or not.
+        """
+        window_folder.write_segment(self.uri, _SEGMENTS, segment_id, self._encoded([rows]))
+
     def follow(self) -> LogTail:
         """What comes from now on, and the segments that are not folded yet."""
         return LogTail(self)
@@ -102,8 +111,13 @@ class RowLog:
         whole = pa.concat_tables(parts) if parts else self.schema.append(pa.field(SEGMENT, pa.string())).empty_table()
         return whole.sort_by(SEGMENT)  # stable: rows of a segment keep their order
 
-    def read_newest_first(self, since: datetime | None = None, until: datetime | None = None) -> Iterator[pa.Table]:
+    def read_newest_first(
+        self, since: datetime | None = None, until: datetime | None = None, *, skip_damaged: bool = False
+    ) -> Iterator[pa.Table]:
         """The rows of `read` in pieces: what is not folded yet, then hour by hour back in time.
+
+        Args:
+            skip_damaged: tell of damaged files in the process' log, and leave them out.
 
         Raises:
             ArtifactError: a file is damaged.
@@ -113,15 +127,19 @@ class RowLog:
         waiting = {name: uri for name, uri in self._segments().items() if first <= segment_time(name) < last}
         taken: set[str] = set()
         for found, damaged in read_in_pieces(waiting):
-            if damaged:
-                raise next(iter(damaged.values()))
+            for error in damaged.values():
+                _raise_or_log(error, skip_damaged)
             if found:
                 yield pa.concat_tables([with_segment(rows, name) for name, rows in found.items()])
             taken |= found.keys()
         for uri in reversed(artifacts.list_files(f"{self.uri}/folded", ".parquet")):
             hour = _hour_ns(uri)
             if first - HOUR_NS < hour < last:
-                rows, names = read_folded(uri)
+                try:
+                    rows, names = read_folded(uri)
+                except ArtifactError as error:
+                    _raise_or_log(error, skip_damaged)
+                    continue
                 wanted = {name for name in names - taken if first <= segment_time(name) < last}
                 if wanted:
                     yield only_segments(rows, names, wanted)
@@ -173,10 +191,7 @@ class RowLog:
 
     def _write(self, parts: Sequence[pa.Table], done: Sequence[Future[str]]) -> None:
         try:
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_file(sink, self.schema) as writer:
-                writer.write_table(pa.concat_tables(parts).combine_chunks())
-            content = sink.getvalue().to_pybytes()
+            content = self._encoded(parts)
             segment_id = window_folder.new_segment_id()
             try:
                 window_folder.write_segment(self.uri, _SEGMENTS, segment_id, content)
@@ -189,6 +204,12 @@ class RowLog:
             return
         for future in done:
             future.set_result(segment_id)
+
+    def _encoded(self, parts: Sequence[pa.Table]) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, self.schema) as writer:
+            writer.write_table(pa.concat_tables(parts).combine_chunks())
+        return bytes(sink.getvalue().to_pybytes())
 
     def _segments(self) -> dict[str, str]:
         return window_folder.find_segments(self.uri, _SEGMENTS)
@@ -213,13 +234,20 @@ class LogTail:
         """
         started, late = time.time(), []
         if started - self._polled_at > KEEP_S / 2:  # what came meanwhile may be folded and deleted by now
-            late = [self._log.read(since=datetime.fromtimestamp(self._polled_at - KEEP_S / 2, UTC)).drop([SEGMENT])]
+            since = datetime.fromtimestamp(self._polled_at - KEEP_S / 2, UTC)
+            late = [rows.drop([SEGMENT]) for rows in self._log.read_newest_first(since, skip_damaged=True)][::-1]
         self._waiting |= self._listing.new()
         found, damaged = read_segments(self._waiting)
         self._waiting, self._polled_at = {}, started
         for error in damaged.values():
             logger.error("%s", error)
         return late + list(found.values())
+
+
+def _raise_or_log(error: ArtifactError, skip: bool) -> None:
+    if not skip:
+        raise error
+    logger.error("%s", error)
 
 
 def _hour(time_ns: int) -> str:

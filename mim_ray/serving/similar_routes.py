@@ -20,7 +20,7 @@ from ray.serve.exceptions import RayServeException
 
 from mim_ray.errors import ConfigError, RequestError, UnavailableError
 from mim_ray.serving.messages import MAX_ID_CHARS, Base64Bytes, Message, Problem
-from mim_ray.serving.similar import Neighbor, SimilarItems
+from mim_ray.serving.similar import Found, SimilarItems
 
 logger = logging.getLogger("ray.serve")
 ENCODER_APP = "new_item_encoder"  # name of its Serve application
@@ -70,7 +70,7 @@ class SearchRequest(Message):
     )
 
     image: Base64Bytes | None = None
-    """Bytes of a JPEG, PNG or WebP file, as base64."""
+    """Bytes of a JPEG, PNG, WebP or GIF file, as base64."""
     title: Annotated[str, Field(max_length=100_000)] | None = None
     """Words. With an image: what the item in it is called."""
     top_k: TopK = 10
@@ -96,7 +96,7 @@ def add_similar_routes(app: FastAPI, similar: SimilarItems | None, embed: Embed 
     ) -> SimilarResponse:
         """The items whose content is nearest to that of an item, by cosine."""
         found = _asked(similar)
-        return _answer(found, lambda: found.of_item(item_id, top_k, category=category))
+        return _answer(lambda: found.of_item(item_id, top_k, category=category))
 
     @app.post("/v1/search/image", responses=problems | {413: {"model": Problem}})
     async def search(request: SearchRequest) -> SimilarResponse:
@@ -108,13 +108,9 @@ def add_similar_routes(app: FastAPI, similar: SimilarItems | None, embed: Embed 
             vector, encoder_version = await embed(request.image, request.title)
         except UnavailableError as error:
             raise _later(error) from None
-        if encoder_version != found.store.encoder_version:
-            raise _later(
-                f"The encoder is {encoder_version} and the items were embedded by {found.store.encoder_version}: a "
-                "release is being rolled out. Try again."
-            )
-        near = lambda: found.of_vector(vector, request.top_k, category=request.category)  # noqa: E731
-        return await run_in_threadpool(_answer, found, near)
+        return await run_in_threadpool(
+            _answer, lambda: found.of_vector(vector, request.top_k, encoder_version, category=request.category)
+        )
 
 
 def encoder_app(name: str = ENCODER_APP, deadline_s: float = ENCODER_DEADLINE_S) -> Embed:
@@ -147,15 +143,15 @@ def _asked(similar: SimilarItems | None) -> SimilarItems:
     return similar
 
 
-def _answer(similar: SimilarItems, near: Callable[[], list[Neighbor]]) -> SimilarResponse:
+def _answer(search: Callable[[], Found]) -> SimilarResponse:
     try:
-        found = near()
+        found = search()
     except UnavailableError as error:
         raise _later(error) from None
     except ConfigError as error:  # FAISS is missing
         raise HTTPException(501, str(error)) from None
-    items = [SimilarItem(item_id=one.item_id, similarity=one.similarity, category=one.category) for one in found]
-    return SimilarResponse(items=items, encoder_version=similar.store.encoder_version)
+    items = [SimilarItem(item_id=one.item_id, similarity=one.similarity, category=one.category) for one in found.items]
+    return SimilarResponse(items=items, encoder_version=found.encoder_version)
 
 
 def _later(why: object) -> HTTPException:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from mim_ray.config import Scenario
-from mim_ray.config.scenario import Serving
+from mim_ray.config.scenario import Arm, Serving
 from mim_ray.serving.exposures import Exposures, shown_now
 from mim_ray.serving.messages import RankRequest, RankResponse
 from mim_ray.serving.query import QueryVector
@@ -25,16 +25,10 @@ class Ranks(Protocol):
 class Traffic:
     """
     Args:
-        services: of the arms that do not rank with what is served to everybody else.
-        exposures: None logs nothing.
+        services: of the arms that do not rank with what is served to everybody else. exposures: None logs nothing.
     """
 
-    def __init__(
-        self,
-        serving: Serving,
-        services: Mapping[str, Ranks],
-        exposures: Exposures | None,
-    ) -> None:
+    def __init__(self, serving: Serving, services: Mapping[str, Ranks], exposures: Exposures | None) -> None:
         self._weights = {name: arm.weight for name, arm in serving.arms.items()}
         self._experiment, self._exposed_items = serving.experiment, serving.exposed_items
         self._services = dict(services)
@@ -46,12 +40,12 @@ class Traffic:
     ) -> Traffic:
         """
         Args:
-            served: to users of no arm, and of arms that name nothing else. arms: from `arms_of`.
+            served: names the representation center. arms: from `arms_of`.
         """
         log = bool(serving.arms) if serving.log_exposures is None else serving.log_exposures
         return cls(
             serving,
-            {name: open_service(other) for name, other in arms.items() if other != served},
+            {name: open_service(other) for name, other in arms.items()},
             Exposures.open(served.center, serving) if log else None,
         )
 
@@ -66,10 +60,13 @@ class Traffic:
         if arm is not None:
             answer = answer.model_copy(update={"arm": arm})
         if self.exposures is not None:
-            version, number = answer.model_version, answer.release
-            release = version if number is None else f"{version}@{number}"
+            number = "" if answer.release is None else f"@{answer.release}"
             items = [item.item_id for item in answer.items]
-            self.exposures.add(shown_now(answer.request_id, request.user_id, arm, release, items, self._exposed_items))
+            self.exposures.add(
+                shown_now(
+                    answer.request_id, request.user_id, arm, answer.model_version + number, items, self._exposed_items
+                )
+            )
         return answer
 
 
@@ -86,9 +83,10 @@ def arm_of(user_id: str, experiment: str, weights: Mapping[str, float]) -> str |
 
 
 def arms_of(scenario: Scenario, served: Served) -> dict[str, Served]:
-    """What each arm serves.
+    """What the arms serve that name a variant or a release; the others rank with what is served, as releases come and go.
 
     Raises:
-        MimRayError: an arm's model or release is not there.
+        MimRayError: an arm's release is not there.
     """
-    return {name: Served.of_arm(scenario, arm, served) for name, arm in scenario.serving.arms.items()}
+    named = {name: arm for name, arm in scenario.serving.arms.items() if arm != Arm(weight=arm.weight)}
+    return {name: Served.of_arm(scenario, arm, served) for name, arm in named.items()}

@@ -12,7 +12,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ConfigDict, Field
 
-from mim_ray.serving.metrics import GAUGES, Metrics
+from mim_ray.serving.metrics import GAUGES, Metrics, Versions
 from mim_ray.serving.metrics_hub import text_of
 
 INFRA = Path(__file__).parents[2] / "infra"
@@ -62,10 +62,10 @@ def exported() -> dict[str, dict[str, set[str]]]:
     """Sample name -> label -> values, of a process that has counted everything once."""
     found: dict[str, dict[str, set[str]]] = {}
     for app in ("ranking", "new_item_encoder"):
-        metrics = Metrics(app, model_version="m", encoder_version="e", release=1)
+        metrics = Metrics(app, lambda: Versions("m", "e", 1))
         for gauge in GAUGES:
             metrics.watch(gauge, lambda: 0.0)
-        metrics.ranked(candidates=1, unknown=1, without_content=1, default_features=["device"])
+        metrics.ranked(candidates=1, unknown=1, without_content=1, default_features=["device"], degraded=["content"])
         for status in ("2xx", "4xx", "5xx"):
             with metrics.request("/v1/rank") as outcome:
                 outcome["status"] = status

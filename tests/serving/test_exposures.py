@@ -11,6 +11,7 @@ import time
 import pytest
 
 from mim_ray.config.scenario import Serving
+from mim_ray.representation_center import window_folder
 from mim_ray.serving import exposures as module
 from mim_ray.serving.exposures import Exposures, exposure_log, shown_now, user_hash
 
@@ -81,6 +82,27 @@ def test_what_could_not_be_stored_is_stored_later_once(tmp_path, monkeypatch):
     exposures.write()
     assert [row["request_id"] for row in logged(tmp_path)] == ["r1", "r2"]
     assert exposures.num_logged == 2
+
+
+def test_what_was_stored_though_the_store_said_no_is_there_once(tmp_path, monkeypatch):
+    exposures = Exposures(exposure_log(str(tmp_path)))
+    exposures.add(shown("r1", "x"))
+    write = window_folder.write_segment
+
+    def liar(*args):
+        write(*args)
+        raise OSError("timed out")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(window_folder, "write_segment", liar)
+        with pytest.raises(OSError, match="timed out"):
+            exposures.write()
+    exposures.add(shown("r2", "x"))
+    exposure_log(str(tmp_path)).fold(keep_s=0)
+    exposures.write()
+    for _ in range(2):
+        assert [row["request_id"] for row in logged(tmp_path)] == ["r1", "r2"]
+        exposure_log(str(tmp_path)).fold(keep_s=0)
 
 
 def test_a_slow_store_never_delays_an_answer(tmp_path, monkeypatch):

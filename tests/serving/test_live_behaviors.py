@@ -169,6 +169,21 @@ def test_a_replica_that_starts_reads_the_last_days_back_and_folded_ones_too(make
     assert small.history("timed")[0] == ["a", "b", "d"]
 
 
+def test_a_damaged_file_does_not_keep_a_replica_from_starting(make, tmp_path, caplog):
+    live = make()
+    for us, item in enumerate("cdef", 3_000):
+        live.store(table(event("timed", item, us)))
+        if item in "cd":
+            event_log(f"{tmp_path}/center").fold(keep_s=0)
+    (tmp_path / "center").joinpath(sorted(tmp_path.glob("center/events/folded/*/*"))[0]).write_bytes(b"garbage")
+    (tmp_path / "center").joinpath(sorted(tmp_path.glob("center/events/segments/*/*"))[0]).write_bytes(b"garbage")
+    fresh = make()
+    fresh.load(datetime.now(UTC) - timedelta(days=1))
+    fresh.refresh()
+    assert fresh.history("timed")[0] == ["a", "b", "d", "f"]
+    assert "is damaged" in caplog.text
+
+
 def test_an_opened_one_follows_the_log_until_it_is_stopped(make, samples, tmp_path):
     writer, before = make(), set(threading.enumerate())
     opened = LiveBehaviors.open(str(samples / "behaviors"), f"{tmp_path}/center", Serving(), 50)

@@ -8,7 +8,7 @@ from mim_ray.config.scenario import Serving
 from mim_ray.errors import RequestError
 from mim_ray.serving import metrics_hub
 from mim_ray.serving.limits import guarded
-from mim_ray.serving.metrics import Metrics, counted
+from mim_ray.serving.metrics import Metrics, Versions, counted
 from mim_ray.serving.metrics_hub import Reports, add_metrics_routes, text_of
 from mim_ray.serving.ranker import RankingService, ranking_api
 from mim_ray.serving.served import Served
@@ -76,16 +76,28 @@ def test_embedding_health_is_the_mean_length_and_the_mean_cosine_of_neighbors():
 def test_default_features_degraded_answers_and_encoded_items_are_counted():
     metrics = Metrics("ranking")
     metrics.ranked(candidates=1, unknown=0, without_content=0, default_features=["device", "hour"])
-    metrics.ranked(candidates=1, unknown=0, without_content=0, default_features=["device"])
-    metrics.degraded()
+    metrics.ranked(candidates=1, unknown=0, without_content=0, default_features=["device"], degraded=("content",))
     metrics.encoded(changed=2, unchanged=3)
     found = values(text_of(metrics.families()).decode())
     assert (found["mim_ray_default_features_total", "device"], found["mim_ray_default_features_total", "hour"]) == (
         2,
         1,
     )
-    assert found["mim_ray_degraded_answers_total",] == 1
+    assert found["mim_ray_degraded_answers_total", "content"] == 1
     assert (found["mim_ray_encoded_items_total",], found["mim_ray_unchanged_items_total",]) == (2, 3)
+
+
+def test_versions_are_those_of_now_and_what_is_not_known_has_no_sample():
+    now, store = [Versions("m1", "e1", 1)], [None]
+    metrics = Metrics("ranking", lambda: now[0])
+    metrics.watch_embeddings(lambda: store[0])
+    found = values(text_of(metrics.families()).decode())
+    assert found["mim_ray_version_info", "ranking", "e1", "m1", "1"] == 1
+    assert ("mim_ray_freshness_seconds", "ranking") not in found
+    now[0] = Versions("m2", "e2", 2)
+    text = text_of(metrics.families()).decode()
+    assert values(text)["mim_ray_version_info", "ranking", "e2", "m2", "2"] == 1
+    assert "m1" not in text
 
 
 def test_failures_and_refusals_are_counted_as_what_the_caller_saw():
@@ -95,7 +107,7 @@ def test_failures_and_refusals_are_counted_as_what_the_caller_saw():
     def fails(how: str) -> None:
         raise {"request": RequestError("no", 404)}.get(how, RuntimeError("bad"))
 
-    client = TestClient(counted(guarded(app, Serving(max_body_bytes=100)), app, metrics), raise_server_exceptions=False)
+    client = TestClient(counted(guarded(app, Serving()), app, metrics), raise_server_exceptions=False)
     assert [client.get(f"/fails/{how}").status_code for how in ("request", "ours")] == [404, 500]
     found = values(text_of(metrics.families()).decode())
     assert found["mim_ray_requests_total", "ranking", "/fails/{how}", "4xx"] == 1
@@ -104,7 +116,7 @@ def test_failures_and_refusals_are_counted_as_what_the_caller_saw():
 
 
 def one(app: str, requests: int, freshness: float) -> Metrics:
-    metrics = Metrics(app, encoder_version="v1", capacity=8)
+    metrics = Metrics(app, lambda: Versions(encoder="v1"), capacity=8)
     metrics.watch("mim_ray_freshness_seconds", lambda: freshness)
     metrics.watch("mim_ray_index_recall", lambda: freshness)
     for _ in range(requests):

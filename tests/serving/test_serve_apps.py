@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import json
 import os
+import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import requests
@@ -19,6 +25,8 @@ from ray import serve
 
 from mim_ray.config.scenario import Serving
 from mim_ray.errors import ConfigError
+from mim_ray.pipeline.layout import Layout
+from mim_ray.pipeline.serve_run import TOP_K, requests_to_try
 from mim_ray.serving import local
 from mim_ray.serving.limits import guarded
 from mim_ray.serving.metrics import Metrics, counted
@@ -167,6 +175,14 @@ def test_either_apps_metrics_tell_of_both(url):
         found = until(lambda found: found.get(ranked, 0) >= before.get(ranked, 0) + 3, url + path)
         assert found[ranked] == before.get(ranked, 0) + 3
         assert found["mim_ray_freshness_seconds", "ranking", None, None] < 60
+        text = requests.get(url + path, timeout=20).text
+        infra = Path(__file__).parents[2] / "infra"
+        used = {
+            name
+            for file in ("grafana-dashboard.json", "prometheus-rules.yaml")
+            for name in re.findall(r"\bmim_ray_\w+", (infra / file).read_text())
+        }
+        assert {name for name in used if name not in text} == set(), "dashboard and rules use what is there"
 
 
 class Counting:
@@ -184,26 +200,60 @@ class Counting:
         return counted(guarded(app, Serving()), app, metrics)
 
 
-def test_counters_of_two_replicas_are_summed_and_outlive_a_killed_replica(url):
-    counting = serve.deployment(num_replicas=2, ray_actor_options={"num_cpus": 0})(serve.ingress()(Counting))
-    serve.run(counting.bind(), name="counting", route_prefix="/counting")
-    try:
-        name = ("mim_ray_requests_total", "counting", "/counting/pid", "2xx")
-        pids = [requests.get(f"{url}/counting/pid", timeout=20).json() for _ in range(40)]
-        assert len(set(pids)) == 2
-        assert until(lambda found: found.get(name, 0) >= 40, f"{url}/counting/metrics")[name] == 40
-        os.kill(pids[0], signal.SIGKILL)
-        served = 0
-        deadline = time.monotonic() + 30
-        while len(set(pids)) < 3:  # until the killed one was replaced
-            answer = requests.get(f"{url}/counting/pid", timeout=20)
-            served += answer.status_code == 200
-            pids += [answer.json()] if answer.status_code == 200 else []
-            assert time.monotonic() < deadline, "the replica was not replaced"
-        found = until(lambda found: found.get(name, 0) >= 40 + served, f"{url}/metrics")
-        assert found[name] == 40 + served, "what the killed replica had counted is still there"
-    finally:
-        serve.delete("counting")
+@pytest.fixture
+def counting(url) -> Iterator[str]:
+    replicas = serve.deployment(num_replicas=2, ray_actor_options={"num_cpus": 0})(serve.ingress()(Counting))
+    serve.run(replicas.bind(), name="counting", route_prefix="/counting")
+    yield f"{url}/counting"
+    serve.delete("counting")
+
+
+COUNTED = ("mim_ray_requests_total", "counting", "/counting/pid", "2xx")
+
+
+def test_counters_of_two_replicas_are_summed(counting, url):
+    pids = [requests.get(f"{counting}/pid", timeout=20).json() for _ in range(40)]
+    assert len(set(pids)) == 2
+    for path in (f"{counting}/metrics", f"{url}/metrics"):
+        assert until(lambda found: found.get(COUNTED, 0) % 40 == 0, path)[COUNTED] == 40
+
+
+@pytest.mark.chaos
+def test_what_a_killed_replica_had_counted_stays_in_the_sum(counting, url):
+    before = until(lambda found: True, f"{url}/metrics").get(COUNTED, 0)
+    pids = [requests.get(f"{counting}/pid", timeout=20).json() for _ in range(40)]
+    until(lambda found: found.get(COUNTED, 0) >= before + 40, f"{url}/metrics")
+    os.kill(pids[0], signal.SIGKILL)
+    served = []
+    for _ in range(200):
+        answer = requests.get(f"{counting}/pid", timeout=20)
+        served += [answer.json()] if answer.status_code == 200 else []
+        if len(served) == 20:
+            break
+    assert len(served) == 20
+    assert pids[0] not in served, "it was killed"
+    found = until(lambda found: found.get(COUNTED, 0) >= before + 60, f"{url}/metrics")
+    assert found[COUNTED] == before + 60
+
+
+def test_the_printed_requests_work_when_pasted(url, shared_run, tmp_path):
+    impressions = {"user_id": ["u1", "u2"], "behaviors": [["i1", "i2"], ["i3"]]}
+    (shared_run.root / "samples" / "impressions" / "test").mkdir(parents=True)
+    pq.write_table(pa.table(impressions), shared_run.root / "samples" / "impressions" / "test" / "part-0.parquet")
+    layout = Layout.of(shared_run.scenario)
+    answers = []
+    for request in requests_to_try(shared_run.scenario, layout, url, tmp_path):
+        done = subprocess.run(["bash", "-c", request.line], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        answers.append(json.loads(done.stdout))
+    posted, ranked, similar = answers
+    (item,) = posted["items"]
+    assert item["rankable"]
+    assert len(ranked["items"]) == TOP_K
+    assert ranked["num_behaviors"] == 5, "the behavior store knows the user"
+    assert len(similar["items"]) == TOP_K
+    assert similar["encoder_version"] == item["encoder_version"] == ranked["encoder_version"]
+    assert len(json.loads((tmp_path / "new_item.json").read_text())["image"]) > 100, "a real picture"
 
 
 def test_the_fast_proxy_is_refused_without_keys(shared_run, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -87,10 +86,10 @@ def test_each_user_gets_the_answer_of_their_arm_and_its_exposures_are_logged(exp
     opened = []
 
     def other(served: Served) -> RankingService:
-        opened.append(RankingService.open(served, serving, everybody.behaviors))
+        opened.append(RankingService.open(served, serving, behaviors=everybody.behaviors))
         return opened[-1]
 
-    traffic = Traffic.open(serving, dataclasses.replace(served, release=4), arms_of(scenario, served), other)
+    traffic = Traffic.open(serving, served, arms_of(scenario, served), other)
     client = TestClient(ranking_api(everybody, serving, traffic), raise_server_exceptions=False)
     versions = {}
     for user in ("u1", "u2", "u3", "u4", "u5", "u6"):
