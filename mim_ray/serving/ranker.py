@@ -209,8 +209,8 @@ class RankingService:
             degraded=found.degraded,
         )
         if found.batch.mm is not None:
-            candidates = found.batch.mm[found.batch.target].numpy()  # (C, D)
-            self.metrics.embeddings(candidates[found.has_content])
+            candidates = found.batch.mm.numpy()[-len(found.unknown) :]  # (C, D)
+            self.metrics.embeddings(candidates if found.has_content.all() else candidates[found.has_content])
 
     def _versions(self) -> Versions:
         now = self.rollout.current
