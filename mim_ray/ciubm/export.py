@@ -9,6 +9,7 @@ ctr/<variant>/ctr.json                   variant, architecture, encoder version,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,28 @@ class Ranker:
         for (network, _), of_seed in zip(self.models, given, strict=True):
             total += torch.sigmoid(network(gather_batch(batch, of_seed)).double()).numpy()
         return total / len(self.models)
+
+    @torch.inference_mode()
+    def relevance(
+        self, batch: IndexedBatch, rows: np.ndarray, tables: Sequence[Lookup] | None = None
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Which behaviors drove the scores of some rows: of the ID module and of content (CiUBM.relevance), each (n, L), the
+        mean over seeds.
+
+        Args:
+            rows: (n,) of the batch. tables: as of `predict`.
+        """
+        chosen = replace(batch, target=batch.target[torch.from_numpy(rows)], features=None)
+        given = [own for _, own in self.models] if tables is None else tables
+        found = [
+            network.ciubm.relevance(gather_batch(chosen, of_seed))
+            for (network, _), of_seed in zip(self.models, given, strict=True)
+        ]
+        by_id, by_content = zip(*found, strict=True)
+        return tuple(  # type: ignore[return-value]
+            None if of_seeds[0] is None else torch.stack(of_seeds).mean(dim=0).numpy()
+            for of_seeds in (by_id, by_content)
+        )
 
     def of_seed(self, index: int) -> Ranker:
         """The ranker with only the model of one seed."""

@@ -60,6 +60,7 @@ class NetworkConfig:
     content_attention: bool = False
     missing_content: bool = False
     query_interest: bool = False
+    content_projection: int = 0
     context_width: int = 0
     query_width: int = 0
 
@@ -187,5 +188,6 @@ def build_ciubm(config: NetworkConfig) -> CiUBM:
             target_content=config.target_content,
             missing_content=config.missing_content,
             query_interest=config.query_interest,
+            projected_width=config.content_projection,
         ),
     )

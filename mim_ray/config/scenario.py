@@ -420,6 +420,9 @@ class Ciubm(Workers):
     content_norm: Literal["sum", "mean", "log"] = "mean"
     """Eqs. 7-8 as written (sum), divided by the number of behaviors, or by the logarithm of it. The mean was the best on
     validation of every data set (docs/ciubm.md)."""
+    content_projection: Count = 32
+    """MM vectors in Eq. 9 that are more than twice as wide are mapped to this width (learnt, linear) before the deep network,
+    whose first layer they are most of otherwise. 0: never, as the paper writes it."""
     content_attention: bool = False
     """SA-TA (MUSE): the attention of DIN, SIM and TWIN is told of the cosines to the target."""
     missing_content: bool = False
@@ -538,10 +541,33 @@ class Serving(Section):
     """More in one request is a 4xx."""
     max_body_bytes: Positive = 12_000_000
     """A larger request is refused before it is parsed."""
+    body_timeout_s: PositiveFloat = 10.0
+    """A body that has not arrived by then is not waited for."""
+    max_json_values: Positive = 100_000
+    """A body with more strings, numbers, lists and objects is refused before it is parsed."""
     max_queued_requests: Positive = 200
-    """Beyond that: 503."""
+    """Beyond that: 503, with Retry-After."""
+    decode_timeout_s: PositiveFloat = 10.0
+    """Pictures of one request that take longer to decode, all together, are refused, and their decoder is ended."""
+    image_url_prefixes: tuple[str, ...] = ()
+    """What an item's image_url may begin with: https://images.example.com/shop/. Default: no URL is fetched."""
+    image_url_timeout_s: PositiveFloat = 10.0
+    """For fetching the pictures of one request, all together."""
+    keys_file: str | None = None
+    """API keys, a local file on every node (python -m mim_ray.serving.keys new). With keys, every caller needs one. More may
+    be in the environment variable MIM_RAY_API_KEYS."""
+    require_keys: bool = False
+    """Refuse to start without keys. Always so where others than this machine can reach the app."""
+    similar_items: bool = True
+    """Answer /v1/similar and /v1/search/image; each machine then keeps an index of the snapshot."""
+    exact_search_rows: Positive = 50_000
+    """Snapshots of at most so many items are searched exactly, larger ones through an index."""
+    search_recall: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """Share of the true ten nearest items that the index must find, measured when it is built."""
     window_s: PositiveFloat = 10.0
     """New items are folded into the Delta table this often (paper 3.5, RIM)."""
+    follow_release_s: PositiveFloat = 2.0
+    """How often a replica looks whether another release was promoted."""
     fold_events_s: PositiveFloat = 300.0
     """Posted events, and exposures, are folded into Parquet files this often."""
     live_behaviors_days: PositiveFloat = 7.0
@@ -558,8 +584,6 @@ class Serving(Section):
     """Keep what was shown in the center's exposures. Default: where there are arms."""
     exposed_items: Positive = 50
     """Of each answer, this many items from the top count as shown. Callers who show fewer send top_k."""
-    follow_release_s: PositiveFloat = 2.0
-    """How often a replica looks whether another release was promoted."""
 
 
 class Maintenance(Section):

@@ -15,7 +15,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 Resize = Literal["shortest", "longest", "squash"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+"""Of an animated file the first frame counts."""
+MAX_JPEG_SCANS = 500
+"""A progressive picture has about ten; a file of 8 MB can hold 100,000, each of which goes over all pixels."""
 
 
 class BadImage(Exception):
@@ -57,8 +60,8 @@ def decode_image(
     """An encoded picture as (3, S, S) uint8 RGB; transparent parts become white.
 
     Raises:
-        BadImage: too many bytes (looked at before anything is parsed) or pixels (before decoding), no JPEG, PNG or WebP,
-            or damaged.
+        BadImage: too many bytes (looked at before anything is parsed) or pixels (before decoding), no JPEG, PNG, WebP or
+            GIF, or damaged.
     """
     try:
         image = _open(data, max_bytes, max_pixels)
@@ -168,7 +171,7 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8")
 
 
 def _open(data: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
@@ -179,9 +182,13 @@ def _open(data: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError:
         if data.startswith(_MAGIC):
             raise BadImage("image corrupt", "the header cannot be read") from None
-        raise BadImage("image format", "neither JPEG nor PNG nor WebP") from None
+        raise BadImage("image format", "neither JPEG nor PNG nor WebP nor GIF") from None
+    except Image.DecompressionBombError:
+        raise BadImage("image too large", f"the header names far more pixels than the limit of {max_pixels}") from None
     if image.width * image.height > max_pixels:
         raise BadImage("image too large", f"{image.width} x {image.height} pixels, the limit is {max_pixels}")
+    if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+        raise BadImage("image corrupt", f"a JPEG of more than {MAX_JPEG_SCANS} scans")
     return image
 
 
@@ -212,6 +219,8 @@ def _scaled_side(picture: PictureFormat) -> int:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

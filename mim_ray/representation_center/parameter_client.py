@@ -96,6 +96,7 @@ class ParameterClient:
             and all(here.is_fresh(table, self.settings.freshness_s) for table in asked)
         ):
             release, number = here.release.release_id, here.serial
+            self._widths |= {table: here.tables[table].snapshot.width for table in asked}
             return {
                 table: Answer(found.matrix, found.found, found.category, release, number, False)
                 for table, found in ((table, here.get(table, string_array(ids))) for table, ids in asked.items())
@@ -264,12 +265,13 @@ class _Question:
             view, table, shards = direct
             if not parts:
                 matrix = np.zeros((len(self.keys), view.tables[table].snapshot.width), np.float32)
-            at = np.concatenate([self.places(shard) for shard in shards & self.shards])
-            here = view.get(table, self.keys.take(pa.array(at)))
-            matrix[at], found[at] = here.matrix, here.found
-            inside = np.flatnonzero(np.asarray(here.category.is_valid(), bool))
-            named.append(at[inside])
-            names += here.category.take(pa.array(inside)).to_pylist()
+            if shards & self.shards:  # else all keys of this table are of shards that were called
+                at = np.concatenate([self.places(shard) for shard in shards & self.shards])
+                here = view.get(table, self.keys.take(pa.array(at)))
+                matrix[at], found[at] = here.matrix, here.found
+                inside = np.flatnonzero(np.asarray(here.category.is_valid(), bool))
+                named.append(at[inside])
+                names += here.category.take(pa.array(inside)).to_pylist()
         for shard, (vectors, there, with_name, categories) in parts.items():
             at = self.places(shard)
             matrix[at], found[at] = as_float32(vectors), there

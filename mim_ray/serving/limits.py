@@ -1,55 +1,67 @@
-"""What is refused, and how: sizes before parsing, one sentence for every bad request, no door open to strangers.
+"""What is refused, and how: one sentence for every bad request, no door open to strangers.
 
-`guarded` wraps a FastAPI app for Ray Serve or bare uvicorn. It knows no model.
+`guarded` wraps a FastAPI app for Ray Serve or bare uvicorn. It knows no model. What is looked at before the app sees a
+request is in guard.py, who may call in keys.py.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import json
 import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from ray.serve.config import BackpressureConfig
+from ray.serve.context import _get_global_client
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from mim_ray.config.scenario import Serving
 from mim_ray.errors import ConfigError, MimRayError, RequestError
+from mim_ray.serving.guard import Guard, is_loopback
+from mim_ray.serving.keys import VARIABLE, KeyRing
+from mim_ray.serving.openapi import document
 
+MAX_SENTENCE_CHARS = 1_000
 logger = logging.getLogger("ray.serve")
+FULL_QUEUE = BackpressureConfig(status_code=503, retry_after_s=1.0)
+"""How Serve's proxy refuses what max_queued_requests leaves no place for: at once, in plain text."""
 
 
-def check_exposure(serving: Serving) -> None:
-    """Refuse to start where strangers could reach the apps: authentication is not there yet.
+def check_exposure(serving: Serving) -> Serving:
+    """Refuse to start where strangers could reach the apps and no API keys are set.
+
+    Returns:
+        the settings for the replicas: with `require_keys` where keys are set or others can reach them, so that a replica on
+        a node without the keys does not start, instead of answering everyone.
 
     Raises:
-        ConfigError: Serve's fast proxy is on, which opens ports on all interfaces, or the host is not loopback.
+        ConfigError: others can reach the app and there are no keys, or the keys cannot be used.
     """
+    why = exposed_by(serving)
+    keys = KeyRing.of(serving)
+    if why is not None and keys is None:
+        raise ConfigError(
+            f"{why}, and there are no API keys, so that strangers could call. Set serving.keys_file (python -m "
+            f"mim_ray.serving.keys new makes a key) or {VARIABLE}, or let the apps listen on 127.0.0.1 only."
+        )
+    return serving if keys is None else serving.model_copy(update={"require_keys": True})
+
+
+def exposed_by(serving: Serving) -> str | None:
+    """What lets others than this machine reach the apps; None where nothing does, as far as this process can see."""
     if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") == "1":
-        raise ConfigError(
-            "RAY_SERVE_ENABLE_HA_PROXY=1 makes Ray Serve listen on all interfaces, and these apps do not check who "
-            "calls. Unset it to listen on 127.0.0.1 only, or put an authenticating gateway on the same host."
-        )
+        return "RAY_SERVE_ENABLE_HA_PROXY=1 makes Ray Serve listen on all interfaces"
     if not is_loopback(serving.host):
-        raise ConfigError(
-            f"serving.host = {serving.host} can be reached from other machines, and these apps do not check who calls. "
-            "Use serving.host=127.0.0.1 and put an authenticating gateway before it."
-        )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+        return f"serving.host = {serving.host} can be reached from other machines"
+    host = _proxy_host()
+    if host is not None and not is_loopback(host):
+        return f"Ray Serve's proxy listens on {host} (http_options.host), which can be reached from other machines"
+    return None
 
 
 def check_count(name: str, count: int, largest: int) -> None:
@@ -61,68 +73,27 @@ def check_count(name: str, count: int, largest: int) -> None:
         raise RequestError(f"{name} holds {count:,} items; at most {largest:,} go into one request. Split it.", 422)
 
 
-def guarded(app: FastAPI, max_body_bytes: int) -> ASGIApp:
-    """`app` with a byte limit on bodies, and with every failure told as {"error": sentence}."""
+def guarded(app: FastAPI, serving: Serving) -> ASGIApp:
+    """`app` for those who may call it, with limits on what they send, and with every failure told as {"error": sentence}.
+
+    Raises:
+        ConfigError: as check_exposure; an app that others can reach never starts without keys.
+    """
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(MimRayError, _our_problem)
     app.add_exception_handler(Exception, _our_fault)
-    return _Guard(app, max_body_bytes)
+    document(app)
+    checked = check_exposure(serving)
+    return Guard(app, checked, KeyRing.of(checked), exposed=exposed_by(checked) is not None)
 
 
-class _Guard:
-    """ASGI shell: counts body bytes as they come in, whatever Content-Length says, before anything is parsed.
-
-    It also hides Serve's route prefix: our routes are full paths (/v1/rank), whatever prefix an app is deployed under.
-    """
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app = app
-        self._max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._max_body_bytes:
-            await self._refuse(send, int(declared))
-            return
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            if len(body) > self._max_body_bytes:
-                await self._refuse(send, len(body))
-                return
-            if not message.get("more_body", False):
-                break
-        pending: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def replay() -> Message:
-            return pending.pop() if pending else await receive()
-
-        try:
-            await self._app({**scope, "root_path": ""}, replay, send)
-        except Exception:  # starlette raises again what _our_fault has answered: log it here, once
-            logger.exception("a request failed")
-
-    async def _refuse(self, send: Send, num_bytes: int) -> None:
-        text = (
-            f"The body has {num_bytes:,} bytes or more; at most {self._max_body_bytes:,} are read. Send a smaller one."
-        )
-        await _send(send, 413, text)
-
-
-async def _send(send: Send, status: int, text: str) -> None:
-    content = json.dumps({"error": text}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    if status == 413:
-        headers.append((b"connection", b"close"))  # the rest of the body is not read
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+def _proxy_host() -> str | None:
+    """Where the running Ray Serve listens, which serving.host does not decide; None where none runs or it has no proxy."""
+    if not ray.is_initialized():
+        return None
+    client = _get_global_client(raise_if_no_controller_running=False)  # there is no public way to ask
+    return None if client is None else client.http_config.host
 
 
 async def _invalid_request(_: Request, error: Exception) -> JSONResponse:
@@ -145,7 +116,11 @@ async def _our_fault(_: Request, error: Exception) -> JSONResponse:
 
 async def _our_problem(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestError):
-        return JSONResponse({"error": error.message}, status_code=error.status)
+        sentence = error.message  # it may name what the caller sent: a key of a dictionary, for one
+        if len(sentence) > MAX_SENTENCE_CHARS:
+            half = MAX_SENTENCE_CHARS // 2 - 1
+            sentence = f"{sentence[:half]}…{sentence[-half:]}"
+        return JSONResponse({"error": sentence.encode("utf-8", "replace").decode()}, status_code=error.status)
     logger.error("a request met %s: %s", type(error).__name__, error)
     text = "The tables or models behind this endpoint cannot be used now. Try again; the replica's log has the reason."
     return JSONResponse({"error": text}, status_code=503)

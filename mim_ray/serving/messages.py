@@ -164,7 +164,10 @@ class NewItem(Message):
     item_id: Id
     title: Annotated[str, Field(max_length=100_000)] | None = None
     image: Base64Bytes | None = None
-    """Bytes of a JPEG, PNG or WebP file, as base64."""
+    """Bytes of a JPEG, PNG, WebP or GIF file, as base64."""
+    image_url: Annotated[str, Field(max_length=2_048)] | None = None
+    """Where the image is to be fetched from, instead of `image`; only below the prefixes that the service is set to fetch from,
+    by default none."""
     category: Annotated[str, Field(max_length=MAX_ID_CHARS)] | None = None
     """Several values may be joined by "|"; the first is the category."""
     content_at: AwareDatetime | None = None

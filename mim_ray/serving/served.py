@@ -71,22 +71,6 @@ class Served:
         return cls.of_run(scenario) if release is None else cls._of_release(scenario, release)
 
     @classmethod
-    def of_arm(cls, scenario: Scenario, arm: Arm, current: Served) -> Served:
-        """What an arm of an A/B test serves, from files even where `current` is on parameter machines.
-
-        Raises:
-            ArtifactError: there is no release of that number. ConfigError: as `of`.
-        """
-        if arm.release is not None:
-            found = [release for release in releases(_center(scenario)) if release.number == arm.release]
-            if not found:
-                raise ArtifactError(f"There is no release {arm.release}. `jobs/promote.py list` shows those there are.")
-            return cls._of_release(scenario, found[0])
-        if arm.variant is None:
-            return current
-        return replace(current, ctr=f"{_root(scenario)}/ctr/{arm.variant}", serial=None)
-
-    @classmethod
     def for_ranking(cls, scenario: Scenario) -> Served:
         """The release that the parameter machines hold, where machines.state names some; else as `of`.
 
@@ -112,6 +96,23 @@ class Served:
                 f"{release.snapshot}. Load the current one with jobs/machines.py."
             )
         return served
+
+    @classmethod
+    def of_arm(cls, scenario: Scenario, arm: Arm, current: Served) -> Served:
+        """What an arm of an A/B test serves.
+
+        Raises:
+            ArtifactError: there is no release of that number. ConfigError: as `of`.
+        """
+        if arm.release is not None:
+            found = [release for release in releases(_center(scenario)) if release.number == arm.release]
+            if not found:
+                raise ArtifactError(f"There is no release {arm.release}. `jobs/promote.py list` shows those there are.")
+            return cls._of_release(scenario, found[0])
+        if arm.variant is None:
+            return current
+        # its tables are in the replica, wherever those of the release are
+        return replace(current, ctr=f"{_root(scenario)}/ctr/{arm.variant}", serial=None)
 
     @classmethod
     def of_run(cls, scenario: Scenario) -> Served:

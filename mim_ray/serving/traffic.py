@@ -14,11 +14,12 @@ from mim_ray.config import Scenario
 from mim_ray.config.scenario import Arm, Serving
 from mim_ray.serving.exposures import Exposures, shown_now
 from mim_ray.serving.messages import RankRequest, RankResponse
+from mim_ray.serving.query import QueryVector
 from mim_ray.serving.served import Served
 
 
 class Ranks(Protocol):
-    def rank(self, request: RankRequest) -> RankResponse: ...
+    def rank(self, request: RankRequest, query: QueryVector | None = None) -> RankResponse: ...
 
 
 class Traffic:
@@ -51,11 +52,11 @@ class Traffic:
     def arm_of(self, user_id: str) -> str | None:
         return arm_of(user_id, self._experiment, self._weights)
 
-    def rank(self, request: RankRequest, everybody: Ranks) -> RankResponse:
+    def rank(self, request: RankRequest, everybody: Ranks, query: QueryVector | None = None) -> RankResponse:
         """Rank with the service of the user's arm, which is `everybody`'s where the arm has none of its own."""
         arm = self.arm_of(request.user_id)
         service = everybody if arm is None else self._services.get(arm, everybody)
-        answer = service.rank(request)
+        answer = service.rank(request, query)
         if arm is not None:
             answer = answer.model_copy(update={"arm": arm})
         if self.exposures is not None:

@@ -70,7 +70,7 @@ def test_unusable_content_is_named_and_the_rest_goes_on(tmp_path: Path, make_ite
     table = prepared(
         tmp_path,
         make_items,
-        image={1: b"\x89PNG broken", 2: None, 3: b"GIF89a", 4: None, 5: b"", 6: b"x" * 100_001, 7: None},
+        image={1: b"\x89PNG broken", 2: None, 3: b"BM", 4: None, 5: b"", 6: b"x" * 100_001, 7: None},
         image_uri={7: "http://169.254.169.254/"},
         title={1: None, 3: "  ", 4: None, 5: " a \n b ", 8: None, 9: "x" * 50},
         item_id={10: None, 11: "item-0", 12: "x" * 4_097},

@@ -60,9 +60,25 @@ class Resources(Strict):
     limits: Quantities
 
 
+class VolumeMount(Strict):
+    name: str
+    mountPath: str = Field(pattern="^/")
+    readOnly: Literal[True]
+
+
+class Secret(Strict):
+    secretName: str
+
+
+class Volume(Strict):
+    name: str
+    secret: Secret
+
+
 class Container(Strict):
     name: str
     image: str
+    volumeMounts: list[VolumeMount] = []
     securityContext: ContainerSecurity
     resources: Resources
 
@@ -71,6 +87,7 @@ class PodSpec(Strict):
     serviceAccountName: str
     restartPolicy: Literal["Always", "Never", "OnFailure"] | None = None
     securityContext: PodSecurity
+    volumes: list[Volume] = []
     containers: list[Container] = Field(min_length=1)
 
 
@@ -188,7 +205,12 @@ def policy() -> NetworkPolicy:
 
 
 def test_every_manifest_is_checked_here():
-    assert {path.name for path in INFRA.glob("*.yaml")} == {"rayjob.yaml", "rayservice.yaml", "networkpolicy.yaml"}
+    assert {path.name for path in INFRA.glob("*.yaml")} == {
+        "rayjob.yaml",
+        "rayservice.yaml",
+        "networkpolicy.yaml",
+        "prometheus-rules.yaml",  # test_dashboards.py
+    }
 
 
 def test_the_clusters_run_the_pinned_ray_in_our_image_behind_a_token(job, service):
@@ -241,6 +263,17 @@ def test_serve_configurations_name_builders_and_settings_that_exist(name, config
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         overrides = [f"{key}={value}" for key, value in app.args.items() if key not in known]
         load_scenario(app.args["config"], overrides)
+
+
+def test_pods_that_others_reach_have_the_keys_that_the_apps_ask_for(service):
+    config = yaml.safe_load(service.spec.serveConfigV2)
+    assert config["http_options"]["host"] == "0.0.0.0"
+    for app in config["applications"]:
+        keys = Path(load_scenario("tiny", [f"serving.keys_file={app['args']['serving.keys_file']}"]).serving.keys_file)
+        for pod in service.spec.rayClusterConfig.pods:
+            (container,) = pod.spec.containers
+            mounted = {mount.mountPath: mount.name for mount in container.volumeMounts}
+            assert mounted[str(keys.parent)] in {volume.name for volume in pod.spec.volumes}
 
 
 def test_the_local_configuration_listens_on_this_machine_only():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,21 +15,26 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from starlette.types import ASGIApp
 
 from mim_ray import artifacts
 from mim_ray.ciubm.export import save_model
 from mim_ray.ciubm.features import Features
 from mim_ray.ciubm.model import CtrNetwork
+from mim_ray.ciubm.recipe import network_config
 from mim_ray.ciubm.tables import IdTables
-from mim_ray.ciubm.train import network_config
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 from mim_ray.config import Scenario, load_scenario
+from mim_ray.config.scenario import Serving
 from mim_ray.data.transforms import content_hash
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.encoders.tokenizer import train_tokenizer
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import segment_rows
+from mim_ray.serving.new_item_encoder import NewItemEncoder, new_item_api
+from mim_ray.serving.ranker import RankingService, ranking_api
+from mim_ray.serving.served import Served
 from mim_ray.training.checkpoint import with_prefix
 
 NUM_ITEMS = 40
@@ -141,3 +146,19 @@ def write_model(uri: str, scenario: Scenario, ids: list[str], encoder_version: s
         "metrics": {},
     }
     artifacts.write_json(f"{uri}/ctr.json", info)
+
+
+@pytest.fixture(scope="session")
+def both_apis(shared_run: SmallRun) -> Iterator[Callable[[Serving], dict[str, ASGIApp]]]:
+    """(settings) -> the apps `ranking` and `items` of the shared run, guarded with these settings."""
+    scenario = shared_run.scenario
+    service = RankingService.open(Served.of_run(scenario), scenario.serving)
+    encoder = NewItemEncoder(
+        ItemEncoder.load(f"{shared_run.root}/csft/encoder"), f"{shared_run.root}/center", scenario.data
+    )
+
+    def build(serving: Serving) -> dict[str, ASGIApp]:
+        return {"ranking": ranking_api(service, serving), "items": new_item_api(encoder, serving)}
+
+    yield build
+    service.embeddings.stop()

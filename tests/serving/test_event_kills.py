@@ -24,7 +24,7 @@ import sys, threading, time
 from datetime import UTC, datetime
 import uvicorn
 from fastapi import FastAPI
-from mim_ray.config.scenario import Samples
+from mim_ray.config.scenario import Samples, Serving
 from mim_ray.serving.events import add_event_routes, event_log
 from mim_ray.serving.live_behaviors import LiveBehaviors
 from mim_ray.serving.limits import guarded
@@ -45,7 +45,7 @@ add_event_routes(app, live)
 def history(user_id: str) -> list[str]:
     return live.history(user_id)[0]
 
-config = uvicorn.Config(guarded(app, 10**6), host="127.0.0.1", port=0, log_level="error")
+config = uvicorn.Config(guarded(app, Serving()), host="127.0.0.1", port=0, log_level="error")
 server = uvicorn.Server(config)
 
 def tell():

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from mim_ray.config.scenario import Samples
+from mim_ray.config.scenario import Samples, Serving
 from mim_ray.data.schema import INTERACTIONS
 from mim_ray.serving.behavior_store import BehaviorStore
 from mim_ray.serving.events import add_event_routes, event_log, interactions, read_events
@@ -34,7 +34,7 @@ def replica(center: str) -> LiveBehaviors:
 def client_of(live: LiveBehaviors) -> TestClient:
     app = FastAPI()
     add_event_routes(app, live)
-    return TestClient(guarded(app, 100_000), raise_server_exceptions=False)
+    return TestClient(guarded(app, Serving(max_body_bytes=100_000)), raise_server_exceptions=False)
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ from mim_ray.data.transforms import content_hash, decode_image
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import WindowTail, fold
+from mim_ray.serving.decoding import TimeLeft
 from mim_ray.serving.messages import NewItemsRequest
 from mim_ray.serving.new_item_encoder import NewItemEncoder, new_item_api
+from mim_ray.serving.pictures import Pictures
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def bad_items(picture) -> dict[str, tuple[dict, str]]:
         "neither": ({"item_id": "x"}, "neither an image nor a title"),
         "blank title": ({"item_id": "x", "title": " \n"}, "neither an image nor a title"),
         "empty image": ({"item_id": "x", "image": ""}, "neither an image nor a title"),
-        "no image file": ({"item_id": "x", "image": text_of(b"GIF89a, or so")}, "image format"),
+        "no image file": ({"item_id": "x", "image": text_of(b"BM, or so")}, "image format"),
         "text as image": ({"item_id": "x", "title": "t", "image": text_of(b"<svg/>")}, "image format"),
         "cut image": ({"item_id": "x", "image": text_of(image[:200])}, "image corrupt"),
         "too many pixels": ({"item_id": "x", "image": text_of(bomb)}, "image"),
@@ -138,3 +140,35 @@ def test_health_readiness_and_the_openapi_page_answer(client, encoder):
     assert client.get("/v1/items/readyz").json()["encoder_version"] == encoder.encoder_version
     page = client.get("/v1/items/openapi.json").json()
     assert page["components"]["schemas"]["NewItemsRequest"]["examples"]
+
+
+class OneUrl:
+    """Stands for the network."""
+
+    def __init__(self, url: str, answer: bytes) -> None:
+        self._url, self._answer = url, answer
+
+    def fetch(self, url: str, left: TimeLeft) -> bytes:
+        assert url == self._url
+        assert left.seconds > 0
+        return self._answer
+
+
+def test_an_image_by_url_is_the_same_as_its_bytes(client, encoder, small_run, picture):
+    url, image = "https://cdn.example/a.png", picture(5)
+    network, limits, serving = encoder._encoder, small_run.scenario.data, small_run.scenario.serving
+    encoder._pictures = Pictures(network.picture, limits, serving, fetcher=OneUrl(url, image))
+    assert client.post("/v1/items", json={"item_id": "n", "image_url": url}).json()["items"][0]["changed"]
+    assert not client.post("/v1/items", json={"item_id": "n", "image": text_of(image)}).json()["items"][0]["changed"]
+    encoder._pictures = Pictures(network.picture, limits, serving, fetcher=OneUrl(url, b"<html>"))
+    answer = client.post("/v1/items", json={"item_id": "n", "image_url": url})
+    assert answer.status_code == 422
+    assert "image format" in answer.json()["error"]
+    answer = client.post("/v1/items", json={"item_id": "n", "image_url": url, "image": text_of(image)})
+    assert "both image and image_url" in answer.json()["error"]
+
+
+def test_image_urls_are_off_by_default(client):
+    answer = client.post("/v1/items", json={"item_id": "n", "title": "t", "image_url": "https://cdn.example/a.png"})
+    assert answer.status_code == 422
+    assert "switched off" in answer.json()["error"]

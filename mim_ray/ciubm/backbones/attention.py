@@ -51,6 +51,15 @@ class TargetAttention(nn.Module):
         scores = self.content(products(query, behaviors), content)  # (B, H, K)
         return self.joined(weighted(masked_softmax(scores, mask), behaviors))
 
+    def weights(
+        self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, content: Tensor | None = None
+    ) -> Tensor:
+        """What `forward` weighs behaviors by: (B, H, K), 0 where masked."""
+        scores = products(self.query(target), behaviors)
+        if self.content is not None:
+            scores = self.content(scores, content)
+        return masked_softmax(scores, behavior_mask.unsqueeze(1))
+
     def query(self, target: Tensor) -> Tensor:
         """(B, H, e): its inner product with a behavior is the scaled one of the head's query and key."""
         size = target.shape[1] // self.num_heads

@@ -39,6 +39,10 @@ class Dien(nn.Module):
         """(B, d) target and (B, L, d) behaviors -> (B, d); zeros without behaviors."""
         return self._evolved(target, self.extraction(behaviors)[0], behavior_mask)
 
+    def explain(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
+        """a_i (B, 1, L), by which the interest evolves."""
+        return self._relevance(target, self.extraction(behaviors)[0], behavior_mask).unsqueeze(1)
+
     def interest_and_loss(
         self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side, label: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -63,12 +67,15 @@ class Dien(nn.Module):
         return total / len(state)
 
     def _evolved(self, target: Tensor, states: Tensor, behavior_mask: Tensor) -> Tensor:
+        return self.evolution(states, self._relevance(target, states, behavior_mask))
+
+    def _relevance(self, target: Tensor, states: Tensor, behavior_mask: Tensor) -> Tensor:
         query = target @ self.attention.weight.t()  # (B, d)
         if len(states) == 1:
             scores = query @ states[0].t()
         else:
             scores = torch.bmm(states, query.unsqueeze(-1)).squeeze(-1)
-        return self.evolution(states, masked_softmax(scores, behavior_mask))
+        return masked_softmax(scores, behavior_mask)
 
 
 class Augru(nn.Module):

@@ -32,11 +32,14 @@ class Din(nn.Module):
 
     def forward(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
         """(B, d) target and (B, L, d) behaviors -> (B, d); zeros without behaviors."""
-        scores = self.relevance(target, behaviors).unsqueeze(1)  # (B, 1, L)
+        return weighted(self.explain(target, behaviors, behavior_mask, side), behaviors).squeeze(1)
+
+    def explain(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
+        """a_t,i (B, 1, L), of any sign and size."""
+        scores = self.relevance(target, behaviors).unsqueeze(1)
         if self.content is not None:
             scores = self.content(scores, side.content)
-        scores = scores.masked_fill(~behavior_mask.unsqueeze(1), 0.0)
-        return weighted(scores, behaviors).squeeze(1)
+        return scores.masked_fill(~behavior_mask.unsqueeze(1), 0.0)
 
     def relevance(self, target: Tensor, behaviors: Tensor) -> Tensor:
         """(B, L) attention scores before masking.

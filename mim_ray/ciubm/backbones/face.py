@@ -44,6 +44,15 @@ class Backbone(nn.Module):
 
 
 @runtime_checkable
+class WithAttention(Protocol):
+    """A backbone that weighs single behaviors can say how: this method explains what `forward` does."""
+
+    def explain(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
+        """a_t,i of Eq. 1 for each of H heads, (B, H, L); 0 for behaviors that were not looked at. Arguments as of `forward`."""
+        ...
+
+
+@runtime_checkable
 class WithAuxiliaryLoss(Protocol):
     """A backbone that trains with one more loss has this method beside `forward`."""
 

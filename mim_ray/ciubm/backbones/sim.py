@@ -85,6 +85,17 @@ class Sim(nn.Module):
         long_term = self._long_term(target, behaviors, behavior_mask, side, scores)
         return torch.cat([long_term, short_term], dim=-1), loss
 
+    def explain(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
+        """Of the long-term part: each head's softmax over what was found, (B, H, L); 0 for what was not."""
+        if self.search is None:
+            found = among_newest(behavior_mask & side.same_category, self.num_searched)
+        else:
+            scores = self.search.scores(target, behaviors)
+            found = as_mask(*best(scores, behavior_mask, self.num_searched, in_order=False), behaviors.shape[1])
+        if self.gaps is not None:
+            behaviors = torch.cat([behaviors, self.gaps(gap_bucket(side.age_s))], dim=-1)
+        return self.exact.weights(target, behaviors, found, side.content)
+
     def _long_term(self, target: Tensor, behaviors: Tensor, mask: Tensor, side: Side, scores: Tensor | None) -> Tensor:
         length = behaviors.shape[1]
         masked = length <= _FEW * self.num_searched and self.gaps is None

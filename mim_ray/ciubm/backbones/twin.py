@@ -79,6 +79,15 @@ class Twin(nn.Module):
         parts = [_weighted(relevance, values) for values in (behaviors, cross) if values is not None]
         return self.attention.joined(torch.cat(parts, dim=-1))
 
+    def explain(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
+        """Each head's softmax over what it found, (B, H, L); 0 for what it did not."""
+        mask, length = behavior_mask.unsqueeze(1), behaviors.shape[1]
+        query = self.attention.query(target)
+        scores = self._scores(products(query, behaviors), self._cross(side), side.content)
+        if length > self.num_searched:
+            mask = as_mask(*best(scores, mask, self.num_searched, in_order=False), length)
+        return masked_softmax(scores, mask)
+
     def _scores(self, scores: Tensor, cross: Tensor | None, content: Tensor | None) -> Tensor:
         """Scaled products of query and key (B, H, K), and the heads' biases -> (B, H, K)."""
         if self.bias is not None:

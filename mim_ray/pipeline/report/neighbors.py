@@ -12,7 +12,7 @@ from PIL import Image
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import Data, Encoding
 from mim_ray.data.catalogue import Catalogue
-from mim_ray.data.transforms import BadImage, PictureFormat, decode_image
+from mim_ray.data.transforms import IMAGE_FORMATS, BadImage, PictureFormat, decode_image
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.pipeline.layout import Layout
 from mim_ray.representation_center.snapshot import Snapshot
@@ -100,7 +100,7 @@ def _pixels(image: bytes, picture: PictureFormat, data: Data) -> np.ndarray:
 
 
 def _thumbnail(image: bytes, side: int = 72) -> str:
-    with Image.open(io.BytesIO(image), formats=["JPEG", "PNG", "WEBP"]) as picture:
+    with Image.open(io.BytesIO(image), formats=IMAGE_FORMATS) as picture:
         small = picture.convert("RGB")
         small.thumbnail((side, side))
         buffer = io.BytesIO()

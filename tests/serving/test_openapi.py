@@ -1,0 +1,124 @@
+"""The OpenAPI pages against the apps: schemathesis makes requests from them, good and bad, and compares each answer.
+
+A few hundred requests here; `make chaos` sends ten thousand.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from starlette.testclient import TestClient
+
+from mim_ray.config.scenario import Serving
+from mim_ray.serving.keys import new_key
+
+PAGES = {"ranking": "/openapi.json", "items": "/v1/items/openapi.json"}
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+KEY, LINE = new_key("shop", ["rank", "write", "admin"])
+
+
+@pytest.fixture(scope="module")
+def apps(both_apis, tmp_path_factory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("keys") / "keys"
+    path.write_text(LINE)
+    return both_apis(Serving(keys_file=str(path)))
+
+
+def make_usable(body: Any) -> None:
+    """Most strings are no picture, no declared feature and no time: without them requests come through to the models."""
+    if not isinstance(body, dict):
+        return
+    for key in ("context", "item_context", "behavior_times", "timestamp"):
+        body.pop(key, None)
+    items = body.get("items")
+    for number, item in enumerate(items if isinstance(items, list) else []):
+        if isinstance(item, dict):
+            for key in ("image", "image_url", "content_at"):
+                item.pop(key, None)
+            item.update(item_id=f"made-up-{number}", title="a thing")
+
+
+def explore(app: Any, page: str, num_requests: int, *, derandomize: bool) -> Counter[str]:
+    """Requests to all operations of the page, about equally many; how many got which status."""
+    schema = schemathesis.openapi.from_asgi(page, app)
+    client = TestClient(app, raise_server_exceptions=False)
+    statuses: Counter[str] = Counter()
+    operations = [found.ok() for found in schema.get_all_operations()]
+    modes = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+    for operation in operations:
+        strategy = st.one_of(*(operation.as_strategy(generation_mode=mode) for mode in modes))
+        has_input = bool(operation.body) or bool(operation.path_parameters) or bool(operation.query)
+        num_examples = num_requests if has_input else 5
+
+        @settings(
+            max_examples=num_examples,
+            database=None,
+            deadline=None,
+            derandomize=derandomize,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],
+        )
+        @given(case=strategy, with_key=st.sampled_from([True, True, True, False]), usable=st.booleans())
+        def send(case: schemathesis.Case, with_key: bool, usable: bool) -> None:
+            if usable:
+                make_usable(case.body)
+            if with_key:
+                case.headers = {**(case.headers or {}), "X-API-Key": KEY}
+                case.headers.pop("Authorization", None)
+            response = case.call(session=client, base_url="http://testserver")
+            statuses[f"{case.method} {case.operation.path} {response.status_code}"] += 1
+            case.validate_response(response, checks=CHECKS)
+
+        (send if derandomize else seed(time.time_ns())(send))()
+    return statuses
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_answers_to_made_up_requests_are_as_the_page_says(apps, name):
+    statuses = explore(apps[name], PAGES[name], 100, derandomize=True)
+    route = {"ranking": "POST /v1/rank", "items": "POST /v1/items"}[name]
+    assert {status for status in (200, 401, 422) if statuses[f"{route} {status}"]} == {200, 401, 422}, statuses
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3_600)
+@pytest.mark.parametrize("name", PAGES)
+def test_ten_thousand_made_up_requests_find_no_failure(apps, name):
+    statuses = explore(apps[name], PAGES[name], 5_000, derandomize=False)
+    assert statuses.total() >= 5_000
+
+
+def test_every_endpoint_says_who_may_call_and_how_it_refuses(apps):
+    for name, path in PAGES.items():
+        page = TestClient(apps[name]).get(path).json()
+        assert set(page["components"]["securitySchemes"]) == {"Bearer", "ApiKey"}
+        assert "HTTPValidationError" not in page["components"]["schemas"]
+        for methods in page["paths"].values():
+            for method, operation in methods.items():
+                statuses = set(operation["responses"])
+                if method == "post":
+                    assert {"200", "401", "403", "408", "413", "422", "503"} <= statuses
+                    assert operation["security"]
+                refusals = [answer for status, answer in operation["responses"].items() if status != "200"]
+                for answer in refusals:
+                    assert answer["content"]["application/json"]["schema"]["$ref"].endswith("/Problem")
