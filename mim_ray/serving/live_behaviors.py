@@ -33,7 +33,7 @@ from mim_ray.serving.row_log import RowLog
 
 logger = logging.getLogger("ray.serve")
 FOLLOW_EVERY_S = 0.1
-REMEMBERED_IDS = 200_000  # of events that were stored here: a repeated post is not even written
+REMEMBERED_IDS = 200_000  # of the newest events: a repeated post is not even written
 
 
 class Behavior(NamedTuple):
@@ -58,7 +58,7 @@ class LiveBehaviors:
         # By last event. Its lists are replaced, never changed: `history` reads without the lock.
         self._users: OrderedDict[str, list[Behavior]] = OrderedDict()
         self._num_live = 0
-        self._ids: dict[str, None] = {}
+        self._ids: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
         self._polling = threading.Lock()
         self._stop = threading.Event()
@@ -108,7 +108,7 @@ class LiveBehaviors:
         return [item for _, item in kept], [time for time, _ in kept]
 
     def store(self, rows: pa.Table) -> None:
-        """Store events durably, those that were stored here before excepted; `history` has them when this returns.
+        """Store events durably, those that are known to be stored excepted; `history` has them when this returns.
 
         Args:
             rows: of events.SCHEMA.
@@ -124,6 +124,9 @@ class LiveBehaviors:
         """Take in events that are stored; what is known already changes nothing."""
         self._take_in(rows)
         with self._lock:
+            self._ids.update(dict.fromkeys(rows["event_id"].to_pylist()))
+            while len(self._ids) > REMEMBERED_IDS:
+                self._ids.popitem(last=False)
             self._forget()
 
     def load(self, since: datetime) -> None:
@@ -154,7 +157,6 @@ class LiveBehaviors:
         self._stop.set()
 
     def _take_in(self, rows: pa.Table) -> None:
-        ids = rows["event_id"].to_pylist()
         behaviors = rows.filter(pa.array(self._is_behavior(rows)))
         found = zip(
             behaviors["user_id"].to_pylist(),
@@ -164,10 +166,6 @@ class LiveBehaviors:
             strict=True,
         )
         with self._lock:
-            for event_id in ids:
-                self._ids[event_id] = None
-            while len(self._ids) > REMEMBERED_IDS:
-                del self._ids[next(iter(self._ids))]
             self._add((user, Behavior(time, item, hash(event_id))) for user, time, item, event_id in found)
 
     def _is_behavior(self, rows: pa.Table) -> np.ndarray:
