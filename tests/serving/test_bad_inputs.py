@@ -311,6 +311,16 @@ def test_a_strange_id_is_an_id_like_any_other_and_never_a_path(clients, opened_f
     assert not [file for file in opened_files if "passwd" in file or (len(strange) > 8 and strange in file)]
 
 
+@pytest.mark.parametrize(
+    "kinds", [["application/json", "text/plain"], ["text/plain", "application/json"], ["APPLICATION/Json; a=b"]]
+)
+def test_json_is_looked_at_however_it_is_announced(clients, kinds):
+    headers = [("content-type", kind) for kind in kinds]
+    answer = clients["ranking"].post("/v1/rank", content=b"[" * 50_000, headers=headers)
+    assert answer.status_code == 422
+    assert "deeper" in answer.json()["error"]
+
+
 def test_a_body_that_does_not_arrive_is_not_waited_for():
     sent = []
 
