@@ -312,6 +312,8 @@ class RankingReplica:
             metrics=service.metrics,
         )
         self._traffic = Traffic.open(serving, served, arms or {}, other)
+        if (exposures := self._traffic.exposures) is not None:
+            service.metrics.watch("mim_ray_exposures_dropped", lambda: exposures.num_dropped)
         self._similar = None
         if serving.similar_items:
             self._similar = SimilarItems(
