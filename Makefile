@@ -5,12 +5,13 @@ UV := .uv/bin/uv
 BIN := .venv/bin
 STAMP := .venv/.installed
 KILLS ?= 6
+PORT ?= 8000
 
 export PYTHONUNBUFFERED := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo bench test check format chaos wheel lock clean
+.PHONY: help setup demo serve bench test check format chaos wheel lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -28,6 +29,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: $(STAMP)  ## run every stage on a synthetic shop; writes runs/demo/report.html
 	$(BIN)/python jobs/demo.py
+
+serve: $(STAMP)  ## serve the demo's models on 127.0.0.1, PORT=n (8000), until Ctrl-C; prints requests to try
+	@$(BIN)/python jobs/serve_run.py serving.port=$(PORT)
 
 bench: $(STAMP)  ## measure the contrastive loss in a minute; writes runs/contrastive.json
 	$(BIN)/python benchmarks/contrastive.py --quick --json runs/contrastive.json
@@ -57,7 +61,7 @@ wheel: $(STAMP)  ## build dist/mim_ray-*.whl
 
 lock: $(STAMP)  ## renew requirements.lock from pyproject.toml
 	$(UV) pip compile -q --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
-	  --extra dev pyproject.toml -o requirements.lock
+	  --extra dev --extra search pyproject.toml -o requirements.lock
 
 clean:  ## remove the environment, caches and runs
 	rm -rf .venv .uv runs dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

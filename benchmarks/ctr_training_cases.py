@@ -23,7 +23,7 @@ from ctr_training_sides import (
     fuxi_step,
     indexed,
     mm_vectors,
-    network_config,
+    our_network,
     raw_batches,
 )
 from measuring import missing_package, ratio, seconds_in_turn, seconds_of
@@ -111,7 +111,7 @@ def _flops_ratio(
     """Of +MIM over base, for a batch of each."""
     counted = []
     for batch in batches:
-        network = CtrNetwork(network_config(backbone, with_content=batch.behavior_mm is not None, hidden=hidden))
+        network = CtrNetwork(our_network(backbone, with_content=batch.behavior_mm is not None, hidden=hidden))
         counted.append(matrix_flops(network, batch, torch.from_numpy(label)))
     return {
         "train": round(counted[1].train / counted[0].train, 3),
@@ -149,21 +149,21 @@ def loader_over_step(plan: Plan) -> dict[str, Any]:
         ready = list(itertools.islice(encoded(_NUM_BATCHES), _NUM_BATCHES))
 
         def on_ready() -> None:
-            for number in range(plan.steps):
+            for number in range(plan.loader_steps):
                 step(ready[number % len(ready)])
 
         def with_loader() -> None:
-            for batch in prefetch(encoded(plan.steps)):
+            for batch in prefetch(encoded(plan.loader_steps)):
                 step(batch)
 
         step(ready[0])
-        least = 2 if plan.quick else 5
+        least = 2 if plan.quick else 3
         loaded, alone = seconds_in_turn(with_loader, on_ready, budget_s=plan.budget_s, least=least, warm_up=False)
         encode_s = seconds_of(lambda: list(itertools.islice(encoded(4), 4))) / 4
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
     pair = ratio(loaded, alone)
-    examples = plan.steps * plan.batch_size
+    examples = plan.loader_steps * plan.batch_size
     return {
         "loader_over_step": {
             **{key: pair[key] for key in ("value", "quartiles", "pairs")},
@@ -236,7 +236,7 @@ def _write_impressions(file: Path, plan: Plan, ids: list[str]) -> None:
 
     from mim_ray.data.sample_files import IMPRESSION_GROUP
 
-    raw = raw_batches(plan.steps, plan.batch_size, plan.length, len(ids))
+    raw = raw_batches(plan.loader_steps, plan.batch_size, plan.length, len(ids))
     names = pa.array(ids)
     behaviors = np.concatenate([batch.behaviors.ravel() for batch in raw])
     offsets = np.arange(0, len(behaviors) + 1, plan.length, dtype=np.int32)

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from mim_ray.ciubm.dataset import IndexedBatch, gather_batch
 from mim_ray.ciubm.model import CtrNetwork, NetworkConfig
+from mim_ray.ciubm.recipe import network_config
 from mim_ray.ciubm.tables import IdTables
+from mim_ray.config.scenario import Ciubm
 from mim_ray.training.optim import average_gradients
 
 DIM, HIDDEN, MM_WIDTH, NUM_CATEGORIES = 16, (512, 128, 64), 128, 1_000
@@ -75,16 +77,10 @@ def indexed(raw: RawBatch, mm: np.ndarray | None) -> IndexedBatch:
     )
 
 
-def network_config(backbone: str, *, with_content: bool, hidden: tuple[int, ...] = HIDDEN) -> NetworkConfig:
-    return NetworkConfig(
-        backbone=backbone,
-        id_width=2 * DIM,
-        user_width=0,
-        content_width=MM_WIDTH if with_content else None,
-        hidden=hidden,
-        num_searched=NUM_SEARCHED,
-        num_short=NUM_SHORT,
-    )
+def our_network(backbone: str, *, with_content: bool, hidden: tuple[int, ...] = HIDDEN) -> NetworkConfig:
+    """The default recipe of this project at the benchmark's widths."""
+    settings = Ciubm(id_dim=DIM, use_user_id=False, hidden=hidden, num_searched=NUM_SEARCHED, num_short=NUM_SHORT)
+    return network_config(settings, backbone, MM_WIDTH if with_content else None)
 
 
 class OurStep:
@@ -92,7 +88,7 @@ class OurStep:
 
     def __init__(self, backbone: str, vocabulary: int, *, with_content: bool) -> None:
         torch.manual_seed(0)
-        self.network = CtrNetwork(network_config(backbone, with_content=with_content))
+        self.network = CtrNetwork(our_network(backbone, with_content=with_content))
         self.tables = IdTables.create({"item": vocabulary, "category": NUM_CATEGORIES + 1}, DIM, seed=0)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 

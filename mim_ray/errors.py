@@ -9,6 +9,7 @@
     ├── TrainingError          training cannot go on
     │   └── NonFiniteLossError     the loss became NaN or infinite; the optimizer did not move
     ├── UnavailableError       parameter machines did not answer in time
+    │   └── ReleaseGoneError       they hold another release by now than the one asked for
     └── RequestError           an HTTP request that cannot be answered (carries the 4xx status)
 
 Each carries one sentence that names what is wrong, the value met, where it came from, and what to do. All of them survive
@@ -52,6 +53,10 @@ class NonFiniteLossError(TrainingError):
 
 class UnavailableError(MimRayError, TimeoutError):
     """What should answer is away; the same question may be answered a moment later."""
+
+
+class ReleaseGoneError(UnavailableError):
+    """The parameter machines have switched to another release, and no longer hold the one that was asked for."""
 
 
 class RequestError(MimRayError, ValueError):

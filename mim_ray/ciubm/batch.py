@@ -8,7 +8,12 @@ from torch import Tensor
 
 
 class EmbeddedBatch(NamedTuple):
-    """B rows with at most L behaviors each. L may differ from batch to batch."""
+    """B rows with at most L behaviors each. L may differ from batch to batch.
+
+    What all rows have in common, as the candidates of a ranking request have their user's, may be given once, with a first
+    dimension of 1: all of behaviors, behavior_mask, behavior_mm and behavior_age_s together, and user and query_mm. What
+    comes out is the same.
+    """
 
     target: Tensor  # (B, d) ID embedding of the target: item and category
     behaviors: Tensor  # (B, L, d), oldest first, padded on the right

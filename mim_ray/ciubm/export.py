@@ -9,6 +9,7 @@ ctr/<variant>/ctr.json                   variant, architecture, encoder version,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,11 @@ from mim_ray.ciubm.dataset import IndexedBatch, gather_batch
 from mim_ray.ciubm.features import Features
 from mim_ray.ciubm.machine_export import Machines, MachineTables, network_of
 from mim_ray.ciubm.model import CtrNetwork, NetworkConfig
+from mim_ray.ciubm.request import Request
 from mim_ray.ciubm.tables import IdTables, Lookup
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 from mim_ray.data.event_log import UNKNOWN_TIME
+from mim_ray.data.ids import as_strings
 from mim_ray.errors import ArtifactError, VersionMismatchError
 from mim_ray.representation_center.snapshot import Snapshot
 
@@ -82,39 +85,51 @@ class Ranker:
             context: declared features, a row for each candidate. What is not there has its default.
             query_mm: (D,) vector of the query by the encoder of `query_encoder_version`; None without a query.
         """
+        request = self.request(
+            user_id,
+            behaviors,
+            candidates,
+            behavior_times=behavior_times,
+            timestamp=timestamp,
+            context=context,
+            query_mm=query_mm,
+        )
+        if multi_get is not None:
+            return self.predict(request.batch(*multi_get(request.ids)))
+        if self.content_width is not None:
+            raise ValueError(f"{self.variant} uses content: give multi_get.")
+        return self.predict(request.batch())
+
+    def request(
+        self,
+        user_id: str,
+        behaviors: Sequence[str],
+        candidates: Sequence[str],
+        *,
+        behavior_times: Sequence[int] | None = None,
+        timestamp: int = UNKNOWN_TIME,
+        context: pa.Table | None = None,
+        query_mm: np.ndarray | None = None,
+    ) -> Request:
+        """What `score` is asked, as rows of this model's tables; its arguments."""
         behaviors = list(behaviors)[-self.max_behaviors :]
         ids = [*behaviors, *candidates]
-        position = self.items.vocabulary.encode(ids)
-        category = self.items.category[position]
-        mm = None
-        if multi_get is not None:
-            vectors, found, names = multi_get(ids)
-            for place in np.flatnonzero(position == 0).tolist():
-                category[place] = self._category.get(names[place] or "", 0)
-            mm = np.where(np.asarray(found)[:, None], vectors, 0.0).astype(np.float32)
-        if self.content_width is None:
-            mm = None
-        elif mm is None:
-            raise ValueError(f"{self.variant} uses content: give multi_get.")
-        num_behaviors, num_candidates = len(behaviors), len(candidates)
-        length = max(num_behaviors, 1)
-        places = np.zeros((num_candidates, length), np.int64)
-        places[:, :num_behaviors] = np.arange(num_behaviors)
-        batch = IndexedBatch(
-            user=torch.from_numpy(np.repeat(self.users.encode([user_id]), num_candidates)),
-            item_row=torch.from_numpy(self.items.rows(ids, position)),
-            category=torch.from_numpy(category),
-            mm=None if mm is None else torch.from_numpy(mm),
-            target=torch.arange(num_behaviors, len(ids)),
-            behaviors=torch.from_numpy(places),
-            behavior_mask=torch.full((num_candidates, length), num_behaviors > 0),
-            label=None,
-            behavior_age_s=self._ages(behavior_times, timestamp, (num_candidates, length), num_behaviors),
-            features=self.features.encode(_nothing(num_candidates) if context is None else context),
+        keys = as_strings(ids)
+        position = self.items.vocabulary.encode(keys)
+        return Request(
+            ids=ids,
+            keys=keys,
+            num_behaviors=len(behaviors),
+            known=position > 0,
+            item_row=self.items.rows(keys, position),
+            category=self.items.category[position],
+            user=self.users.encode([user_id]),
+            category_rows=self._category,
+            content_width=self.content_width,
+            behavior_age_s=self._ages(behavior_times, timestamp, len(behaviors)),
+            features=self.features.encode(_nothing(len(candidates)) if context is None else context),
             query_mm=self._query(query_mm),
-            query=torch.zeros(num_candidates, dtype=torch.int64),
         )
-        return self.predict(batch)
 
     def open_queries(self) -> Snapshot | None:
         """The vectors of the impressions' queries, of the encoder that this model was trained with; None where it uses none.
@@ -133,31 +148,56 @@ class Ranker:
             )
         return found
 
-    def _query(self, query_mm: np.ndarray | None) -> torch.Tensor | None:
+    def _query(self, query_mm: np.ndarray | None) -> np.ndarray | None:
         if self.query_width is None:
             return None
         vector = np.zeros(self.query_width) if query_mm is None else query_mm
-        return torch.from_numpy(vector.astype(np.float32)).reshape(1, self.query_width)
+        return vector.astype(np.float32).reshape(1, self.query_width)
 
-    def _ages(
-        self, times: Sequence[int] | None, timestamp: int, shape: tuple[int, int], num_behaviors: int
-    ) -> torch.Tensor | None:
+    def _ages(self, times: Sequence[int] | None, timestamp: int, num_behaviors: int) -> np.ndarray | None:
         if self.features.typical_age_s is None:
             return None
         known = np.full(num_behaviors, UNKNOWN_TIME)
         if times is not None:
             known[:] = np.asarray(times, np.int64)[len(times) - num_behaviors :]
-        ages = np.zeros(shape, np.float32)
-        ages[:, :num_behaviors] = self.features.ages(np.full(num_behaviors, timestamp), known)
-        return torch.from_numpy(ages)
+        ages = np.zeros((1, max(num_behaviors, 1)), np.float32)
+        ages[0, :num_behaviors] = self.features.ages(np.full(num_behaviors, timestamp), known)
+        return ages
 
     @torch.inference_mode()
-    def predict(self, batch: IndexedBatch) -> np.ndarray:
-        """(B,) float64 click probability, the mean over seeds."""
+    def predict(self, batch: IndexedBatch, tables: Sequence[Lookup] | None = None) -> np.ndarray:
+        """(B,) float64 click probability, the mean over seeds.
+
+        Args:
+            tables: of each seed, in the place of this ranker's own.
+        """
         total = np.zeros(len(batch.target))
-        for network, tables in self.models:
-            total += torch.sigmoid(network(gather_batch(batch, tables)).double()).numpy()
+        given = [own for _, own in self.models] if tables is None else tables
+        for (network, _), of_seed in zip(self.models, given, strict=True):
+            total += torch.sigmoid(network(gather_batch(batch, of_seed)).double()).numpy()
         return total / len(self.models)
+
+    @torch.inference_mode()
+    def relevance(
+        self, batch: IndexedBatch, rows: np.ndarray, tables: Sequence[Lookup] | None = None
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Which behaviors drove the scores of some rows: of the ID module and of content (CiUBM.relevance), each (n, L), the
+        mean over seeds.
+
+        Args:
+            rows: (n,) of the batch. tables: as of `predict`.
+        """
+        chosen = replace(batch, target=batch.target[torch.from_numpy(rows)], features=None)
+        given = [own for _, own in self.models] if tables is None else tables
+        found = [
+            network.ciubm.relevance(gather_batch(chosen, of_seed))
+            for (network, _), of_seed in zip(self.models, given, strict=True)
+        ]
+        by_id, by_content = zip(*found, strict=True)
+        return tuple(  # type: ignore[return-value]
+            None if of_seeds[0] is None else torch.stack(of_seeds).mean(dim=0).numpy()
+            for of_seeds in (by_id, by_content)
+        )
 
     def of_seed(self, index: int) -> Ranker:
         """The ranker with only the model of one seed."""

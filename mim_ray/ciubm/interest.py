@@ -3,6 +3,8 @@
 Pure functions of embedded tensors. MM embeddings are frozen inputs. An item without content has the zero vector; its
 cosine to anything is 0, so it adds nothing to Eqs. 7 and 8. It is no evidence of unlikeness either: `comparable` says
 which behaviors can be compared, and only those enter the histogram and the summary.
+
+Behaviors, with their mask, may be one row for all B targets, (1, L, D): the candidates of a ranking request.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ def content_relevance(target: Tensor, behaviors: Tensor, behavior_mask: Tensor) 
 
 def relevance_and_comparable(target: Tensor, behaviors: Tensor, behavior_mask: Tensor) -> tuple[Tensor, Tensor]:
     """content_relevance, and (B, L) True for real behaviors that have content, as has the target."""
-    dots = torch.bmm(target.unsqueeze(1), behaviors.transpose(1, 2)).squeeze(1)  # (B, L); this order is the faster one
+    if len(behaviors) == 1:
+        dots = target @ behaviors[0].t()  # (B, L)
+    else:
+        dots = torch.bmm(target.unsqueeze(1), behaviors.transpose(1, 2)).squeeze(1)  # this order is the faster one
     target_length = torch.linalg.vector_norm(target, dim=-1, keepdim=True)  # (B, 1)
     lengths = torch.linalg.vector_norm(behaviors, dim=-1)  # (B, L)
     comparable = behavior_mask & (lengths > 0) & (target_length > 0)
@@ -120,7 +125,10 @@ def similarity_summary(relevance: Tensor, comparable: Tensor) -> Tensor:
 
 
 def _weighted_sum(relevance: Tensor, vectors: Tensor, counted: Tensor, norm: Norm) -> Tensor:
-    total = torch.bmm(relevance.unsqueeze(1), vectors).squeeze(1)  # (B, D)
+    if len(vectors) == 1:
+        total = relevance @ vectors[0]  # (B, D)
+    else:
+        total = torch.bmm(relevance.unsqueeze(1), vectors).squeeze(1)
     if norm == "sum":
         return total
     count = counted.sum(dim=1, keepdim=True).to(total.dtype)

@@ -3,7 +3,7 @@
 id_tables, dense = write_for_machines(ctr, f"{ctr}/machines")
 release = MachineRelease.of(center, read_release(center), id_tables=id_tables, dense=dense)
 machines = ParameterMachines.start(state, release, settings)
-ranker = load_ranker(ctr, machines=machines.client())        # holds vocabularies, no table
+ranker = load_ranker(ctr, machines=OfRelease(machines.client(), serial))        # holds vocabularies, no table
 
 A table is called TABLE-SEED and its keys are row numbers, so that explicit and hashed vocabularies are served alike; a network
 is called network-SEED.
@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors.torch import load
 from torch import Tensor
@@ -22,33 +23,86 @@ from torch import Tensor
 from mim_ray import artifacts
 from mim_ray.data.ids import Ids
 from mim_ray.errors import ArtifactError
-from mim_ray.representation_center.layered_rows import Embeddings
 from mim_ray.representation_center.snapshot_from_rows import write_snapshot
+from mim_ray.representation_center.snapshot_line import current_snapshot
+
+MM_TABLE = "mm"
+
+
+class Answer(Protocol):
+    """Rows of one table, as a ParameterClient answers.
+
+    Attributes:
+        degraded: some are not found because their shard is away.
+    """
+
+    @property
+    def matrix(self) -> np.ndarray: ...
+    @property
+    def found(self) -> np.ndarray: ...
+    @property
+    def category(self) -> pa.Array: ...
+    @property
+    def degraded(self) -> bool: ...
+
+
+class Client(Protocol):
+    """A ParameterClient."""
+
+    def get_many(self, asked: Mapping[str, Ids], *, of_serial: int | None = None) -> Mapping[str, Answer]: ...
+
+    def dense(self, name: str, *, of_serial: int | None = None) -> bytes: ...
 
 
 class Machines(Protocol):
     """What is asked of the parameter machines; a ParameterClient can do it."""
 
-    def get_many(self, asked: Mapping[str, Ids]) -> Mapping[str, Embeddings]: ...
+    def get_many(self, asked: Mapping[str, Ids]) -> Mapping[str, Answer]: ...
 
     def dense(self, name: str) -> bytes: ...
 
 
+class OfRelease:
+    """The machines, asked for one release only: rows and network of a replica never are of two.
+
+    Where they no longer hold it, calls raise ReleaseGoneError.
+    """
+
+    def __init__(self, client: Client, serial: int) -> None:
+        self.client, self.serial = client, serial
+
+    def get_many(self, asked: Mapping[str, Ids]) -> Mapping[str, Answer]:
+        """As `ParameterClient.get_many`."""
+        return self.client.get_many(asked, of_serial=self.serial)
+
+    def dense(self, name: str) -> bytes:
+        """As `ParameterClient.dense`."""
+        return self.client.dense(name, of_serial=self.serial)
+
+
 def write_for_machines(ctr: str, output: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Write the ID tables of the CTR model at `ctr` as snapshots below `output`.
+    """Write the ID tables of the CTR model at `ctr` as snapshots below `output`, those that are not there yet.
 
     Returns:
         URIs of the tables and of the dense parameters by name, as MachineRelease takes them.
     """
     tables: dict[str, str] = {}
-    dense: dict[str, str] = {}
     for seed in artifacts.read_json(f"{ctr}/ctr.json")["seeds"]:
         for name, weight in artifacts.read_tensors(f"{ctr}/seed-{seed}/tables.safetensors").items():
-            rows = [str(row) for row in range(len(weight))]
             line = f"{output}/{name}-{seed}"
-            tables[f"{name}-{seed}"] = write_snapshot(line, rows, weight.numpy(), encoder_version="none")
-        dense[f"network-{seed}"] = f"{ctr}/seed-{seed}/network.safetensors"
-    return tables, dense
+            state = current_snapshot(line)
+            if state is None:
+                rows = [str(row) for row in range(len(weight))]
+                tables[f"{name}-{seed}"] = write_snapshot(line, rows, weight.numpy(), encoder_version="none")
+            else:
+                tables[f"{name}-{seed}"] = f"{line}/{state}"
+    return tables, networks_of(ctr)
+
+
+def networks_of(ctr: str) -> dict[str, str]:
+    """URIs of the networks of the CTR model at `ctr`, by the names that they have on the machines."""
+    seeds = artifacts.read_json(f"{ctr}/ctr.json")["seeds"]
+    return {f"network-{seed}": f"{ctr}/seed-{seed}/network.safetensors" for seed in seeds}
 
 
 class MachineTables:

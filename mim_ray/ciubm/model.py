@@ -60,6 +60,7 @@ class NetworkConfig:
     content_attention: bool = False
     missing_content: bool = False
     query_interest: bool = False
+    content_projection: int = 0
     context_width: int = 0
     query_width: int = 0
 
@@ -117,7 +118,8 @@ class CtrNetwork(nn.Module):
 
     def features(self, batch: EmbeddedBatch) -> list[Tensor]:
         """Input of the deep network, in the order of Eq. 9, then the other features."""
-        return [*self.ciubm.parts(batch), *self._other(batch)]
+        parts, size = [*self.ciubm.parts(batch), *self._other(batch)], len(batch.target)
+        return [part if len(part) == size else part.expand(size, -1) for part in parts]
 
     def _logits(self, parts: list[Tensor]) -> Tensor:
         """(B,). Content is frozen: in training the first layer is two, so that no gradient is taken to its inputs."""
@@ -186,5 +188,6 @@ def build_ciubm(config: NetworkConfig) -> CiUBM:
             target_content=config.target_content,
             missing_content=config.missing_content,
             query_interest=config.query_interest,
+            projected_width=config.content_projection,
         ),
     )

@@ -17,7 +17,7 @@ from mim_ray.ciubm.continuing import Earlier, copy_later_rows, times_of
 from mim_ray.ciubm.dataset import Content, ImpressionEncoder
 from mim_ray.ciubm.export import load_state, save_model
 from mim_ray.ciubm.features import Features
-from mim_ray.ciubm.model import NetworkConfig
+from mim_ray.ciubm.recipe import network_config
 from mim_ray.ciubm.trainer import Trainer
 from mim_ray.ciubm.vocabulary_build import Vocabularies, build_vocabularies
 from mim_ray.config import Scenario
@@ -184,33 +184,6 @@ def make_encoder(config: dict[str, Any]) -> ImpressionEncoder:
     settings = config["settings"]
     return ImpressionEncoder(
         items, vocabularies.users, content, settings["max_behaviors"], vocabularies.features, queries
-    )
-
-
-def network_config(settings: Ciubm, backbone: str, content_width: int | None) -> NetworkConfig:
-    """Architecture for the scenario's settings; `content_width` None is the base model."""
-    return NetworkConfig(
-        backbone=backbone,
-        id_width=2 * settings.id_dim,
-        user_width=settings.id_dim if settings.use_user_id else 0,
-        content_width=content_width,
-        id_module=settings.id_module,
-        content_module=settings.content_module,
-        fusion_module=settings.fusion_module,
-        num_histogram_bins=21 if settings.similarity_histogram else 0,
-        target_content=settings.target_content,
-        similarity_summary=settings.similarity_summary,
-        content_norm=settings.content_norm,
-        content_attention=settings.content_attention,
-        missing_content=settings.missing_content,
-        query_interest=settings.query_interest,
-        hidden=settings.hidden,
-        dropout=settings.dropout,
-        num_searched=settings.num_searched,
-        num_short=settings.num_short,
-        sim_search=settings.sim_search,
-        sim_short=settings.sim_short,
-        auxiliary_weight=settings.auxiliary_weight,
     )
 
 

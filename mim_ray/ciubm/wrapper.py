@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mim_ray.ciubm.backbones import Side, WithAuxiliaryLoss
+from mim_ray.ciubm.backbones import Side, WithAttention, WithAuxiliaryLoss
 from mim_ray.ciubm.batch import EmbeddedBatch
 from mim_ray.ciubm.interest import (
     Norm,
     content_interest,
+    content_relevance,
     fusion_interest,
     relevance_and_comparable,
     similarity_histogram,
@@ -40,6 +41,8 @@ class ContentOptions:
             place of a missing one adds nothing to them: the next layer's weights of the first input are that vector.)
         query_interest: for search: the behaviors' content weighed by its cosine to the query (Eq. 7 with the query in the
             target's place), the query's cosine to the target, and its similarity_summary with the behaviors.
+        projected_width: width p of a learnt linear map without bias of the MM vectors in h_B (Eq. 7's, the target's own, the
+            query's interest), one for each; 0 for none. The next layer then costs p instead of D inputs.
     """
 
     norm: Norm = "sum"
@@ -48,6 +51,7 @@ class ContentOptions:
     target_content: bool = False
     missing_content: bool = False
     query_interest: bool = False
+    projected_width: int = 0
 
 
 class CiUBM(nn.Module):
@@ -83,9 +87,13 @@ class CiUBM(nn.Module):
         self.width = int(backbone.width) if id_module else 0  # type: ignore[arg-type]
         if content_width is not None:
             chosen = self.options
-            self.width += content_width * (content_module + chosen.target_content + chosen.query_interest)
+            num_vectors = content_module + chosen.target_content + chosen.query_interest
+            self.width += (chosen.projected_width or content_width) * num_vectors
             self.width += id_width * fusion_module + chosen.num_histogram_bins + 3 * chosen.summary
             self.width += 2 * chosen.missing_content + 4 * chosen.query_interest
+            if chosen.projected_width:
+                layers = [nn.Linear(content_width, chosen.projected_width, bias=False) for _ in range(num_vectors)]
+                self.projections = nn.ModuleList(layers)
 
     def forward(self, batch: EmbeddedBatch) -> Tensor:
         """h_B (B, width)."""
@@ -107,18 +115,34 @@ class CiUBM(nn.Module):
         loss = batch.target.new_zeros(())
         if self.backbone is None:
             return content, loss
-        side = Side(
-            batch.same_category,
-            batch.behavior_age_s,
-            batch.behavior_cross,
-            relevance if self.content_attention else None,
-        )
-        inputs = batch.target, batch.behaviors, batch.behavior_mask, side
+        inputs = self._inputs(batch, relevance)
         if label is not None and isinstance(self.backbone, WithAuxiliaryLoss):
             interest, loss = self.backbone.interest_and_loss(*inputs, label)
         else:
             interest = self.backbone(*inputs)
         return [interest, *content], loss
+
+    def relevance(self, batch: EmbeddedBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Which behaviors drive the interest: a_t,i of Eq. 1, the mean over heads, and a_t,i^MM of Eq. 7, each (B, L).
+
+        None for a backbone that weighs no single behavior, and without content.
+        """
+        of_content = None
+        if self.has_content:
+            assert batch.target_mm is not None
+            assert batch.behavior_mm is not None
+            of_content = content_relevance(batch.target_mm, batch.behavior_mm, batch.behavior_mask)
+        if not isinstance(self.backbone, WithAttention):
+            return None, of_content
+        return self.backbone.explain(*self._inputs(batch, of_content)).mean(dim=1), of_content
+
+    def _inputs(self, batch: EmbeddedBatch, relevance: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Side]:
+        """What the backbone is given."""
+        of_content = relevance if self.content_attention else None
+        side = Side(batch.same_category, batch.behavior_age_s, batch.behavior_cross, of_content)
+        if len(batch.behaviors) < len(batch.target) and not getattr(self.backbone, "shares_behaviors", False):
+            return _repeated(batch.target, batch.behaviors, batch.behavior_mask, side)
+        return batch.target, batch.behaviors, batch.behavior_mask, side
 
     def _content(self, batch: EmbeddedBatch) -> tuple[Tensor, list[Tensor]]:
         """The cosines of Eq. 7, and what follows h_B^ID in h_B."""
@@ -129,7 +153,7 @@ class CiUBM(nn.Module):
         counted = comparable if chosen.missing_content else mask
         parts: list[Tensor] = []
         if self.content_module:
-            parts.append(content_interest(relevance, behaviors, counted, chosen.norm))
+            parts.append(self._projected(0, content_interest(relevance, behaviors, counted, chosen.norm)))
         if self.fusion_module:
             parts.append(fusion_interest(relevance, batch.behaviors, counted, chosen.norm))
         if chosen.num_histogram_bins > 0:
@@ -137,7 +161,7 @@ class CiUBM(nn.Module):
         if chosen.summary:
             parts.append(similarity_summary(relevance, comparable))
         if chosen.target_content:
-            parts.append(target)
+            parts.append(self._projected(int(self.content_module), target))
         if chosen.missing_content:
             parts += _presence(target, behaviors, mask)
         if chosen.query_interest:
@@ -148,10 +172,22 @@ class CiUBM(nn.Module):
         if query is None:
             raise ValueError("This network uses the query's content: the batch needs query_mm.")
         relevance, comparable = relevance_and_comparable(query, behaviors, mask)
-        to_target = relevance_and_comparable(query, target.unsqueeze(1), torch.ones_like(mask[:, :1]))[0]  # (B, 1)
+        of_each = query.expand(len(target), -1)
+        to_target = relevance_and_comparable(of_each, target.unsqueeze(1), torch.ones_like(mask[:, :1]))[0]  # (B, 1)
         counted = comparable if self.options.missing_content else mask
         interest = content_interest(relevance, behaviors, counted, self.options.norm)
-        return [interest, to_target, similarity_summary(relevance, comparable)]
+        return [self._projected(-1, interest), to_target, similarity_summary(relevance, comparable)]
+
+    def _projected(self, number: int, vectors: Tensor) -> Tensor:
+        """(B, D) -> (B, p), or as it is without projections."""
+        return self.projections[number](vectors) if self.options.projected_width else vectors
+
+
+def _repeated(target: Tensor, behaviors: Tensor, mask: Tensor, side: Side) -> tuple[Tensor, Tensor, Tensor, Side]:
+    """The behaviors that all targets share as views, one for each."""
+    size = len(target)
+    of_each = [None if values is None else values.expand(size, *values.shape[1:]) for values in side]
+    return target, behaviors.expand(size, -1, -1), mask.expand(size, -1), Side(*of_each)  # type: ignore[arg-type]
 
 
 def _presence(target: Tensor, behaviors: Tensor, mask: Tensor) -> list[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -420,6 +420,9 @@ class Ciubm(Workers):
     content_norm: Literal["sum", "mean", "log"] = "mean"
     """Eqs. 7-8 as written (sum), divided by the number of behaviors, or by the logarithm of it. The mean was the best on
     validation of every data set (docs/ciubm.md)."""
+    content_projection: Count = 32
+    """MM vectors in Eq. 9 that are more than twice as wide are mapped to this width (learnt, linear) before the deep network,
+    whose first layer they are most of otherwise. 0: never, as the paper writes it."""
     content_attention: bool = False
     """SA-TA (MUSE): the attention of DIN, SIM and TWIN is told of the cosines to the target."""
     missing_content: bool = False
@@ -505,6 +508,23 @@ class Evaluation(Section):
     """No AUC from fewer rows of either label."""
 
 
+class Arm(Section):
+    """A part of the users of an experiment, and what ranks for them."""
+
+    weight: PositiveFloat = 1.0
+    """Its share of the users is this over the sum of all arms' weights."""
+    variant: Variant | None = None
+    """The run's CTR model of this name, beside everything else of what is served. Default: what is served."""
+    release: Positive | None = None
+    """A release of the representation center by its number, with its model and embeddings. Not together with variant."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Arm:
+        if self.variant is not None and self.release is not None:
+            raise ValueError("an arm has a variant or a release, not both")
+        return self
+
+
 class Serving(Section):
     """Serve apps."""
 
@@ -538,8 +558,32 @@ class Serving(Section):
     be in the environment variable MIM_RAY_API_KEYS."""
     require_keys: bool = False
     """Refuse to start without keys. Always so where others than this machine can reach the app."""
+    similar_items: bool = True
+    """Answer /v1/similar and /v1/search/image; each machine then keeps an index of the snapshot."""
+    exact_search_rows: Positive = 50_000
+    """Snapshots of at most so many items are searched exactly, larger ones through an index."""
+    search_recall: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """Share of the true ten nearest items that the index must find, measured when it is built."""
     window_s: PositiveFloat = 10.0
     """New items are folded into the Delta table this often (paper 3.5, RIM)."""
+    follow_release_s: PositiveFloat = 2.0
+    """How often a replica looks whether another release was promoted."""
+    fold_events_s: PositiveFloat = 300.0
+    """Posted events, and exposures, are folded into Parquet files this often."""
+    live_behaviors_days: PositiveFloat = 7.0
+    """A ranking replica that starts reads this many days of posted events back. Longer than the time between two runs of
+    jobs/build_samples.py."""
+    max_live_behaviors: Positive = 1_000_000
+    """Behaviors from posted events that a replica keeps in memory, about 250 bytes each; those of users without recent events
+    go first."""
+    experiment: str = "default"
+    """Name of the A/B test: which arm a user is in follows from it and the user's id. A new name deals the users out anew."""
+    arms: dict[Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")], Arm] = {}
+    """Arms by name, such as {control: {variant: din-base}, mim: {variant: din-mim}}. The first one is compared with."""
+    log_exposures: bool | None = None
+    """Keep what was shown in the center's exposures. Default: where there are arms."""
+    exposed_items: Positive = 50
+    """Of each answer, this many items from the top count as shown. Callers who show fewer send top_k."""
 
 
 class Maintenance(Section):

@@ -40,6 +40,17 @@ def run_all_main(doc: str | None, argv: Sequence[str] | None = None) -> None:
     _run(doc, job, argv)
 
 
+def serve_main(doc: str | None, argv: Sequence[str] | None = None) -> None:
+    """Serve what a finished run left until Ctrl-C."""
+
+    def job(scenario: Scenario) -> None:
+        from mim_ray.pipeline.serve_run import serve_run
+
+        serve_run(scenario)
+
+    _run(doc, job, argv, "Stopped before the apps were up.")
+
+
 def duration_s(text: str, option: str) -> float:
     """Seconds of a duration on the command line: 60s, 5min, 2h, 1d.
 
@@ -91,8 +102,13 @@ def told(stopped: str) -> Iterator[None]:
         _tell(cause)
 
 
-def _run(doc: str | None, job: Callable[[Scenario], None], argv: Sequence[str] | None) -> None:
-    with told("Stopped. The same command goes on after the last finished stage."):
+def _run(
+    doc: str | None,
+    job: Callable[[Scenario], None],
+    argv: Sequence[str] | None,
+    stopped: str = "Stopped. The same command goes on after the last finished stage.",
+) -> None:
+    with told(stopped):
         job(scenario_from_cli(doc, argv))
 
 

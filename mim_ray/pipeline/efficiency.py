@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from mim_ray.ciubm.batch import EmbeddedBatch
 from mim_ray.ciubm.model import CtrNetwork
-from mim_ray.ciubm.train import network_config
+from mim_ray.ciubm.recipe import network_config
 from mim_ray.config import Scenario
 from mim_ray.encoders.item_encoder import ItemEncoder
 from mim_ray.encoders.tokenizer import train_tokenizer

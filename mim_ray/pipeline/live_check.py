@@ -50,13 +50,13 @@ def run(scenario: Scenario, layout: Layout) -> StageResult:
     The item is removed again afterwards when the data are the user's own.
     """
     scenario = with_settings(scenario, "serving", port=0)
-    item = _unseen_item(scenario, layout)
-    user, behaviors, candidates = _a_user(scenario, layout)
+    item = unseen_item(scenario, layout)
+    user, behaviors, candidates = a_user(scenario, layout)
     base = local.start(scenario, Served.of_run(scenario))
     try:
         before = _rank(base, user, [*candidates, item.item_id])
         start = time.monotonic()
-        posted = _call(f"{base}/v1/items", _as_message(item))
+        posted = _call(f"{base}/v1/items", as_message(item))
         after, waited = before, 0.0
         while _of(after, item.item_id)["no_content"] and waited < PATIENCE_S:
             after = _rank(base, user, [*candidates, item.item_id])
@@ -100,7 +100,7 @@ def run(scenario: Scenario, layout: Layout) -> StageResult:
     return StageResult(metrics=metrics, rows=rows)
 
 
-def _unseen_item(scenario: Scenario, layout: Layout) -> UnseenItem:
+def unseen_item(scenario: Scenario, layout: Layout) -> UnseenItem:
     """The synthetic shop's next item; for the user's data the newest item's content under an id of its own."""
     item_id = f"unseen-{time.time_ns():x}"
     if scenario.data.root is None:
@@ -113,7 +113,7 @@ def _unseen_item(scenario: Scenario, layout: Layout) -> UnseenItem:
     return UnseenItem(item_id, row["title"], row["image"], row["category"])
 
 
-def _a_user(scenario: Scenario, layout: Layout) -> tuple[str, list[str], list[str]]:
+def a_user(scenario: Scenario, layout: Layout) -> tuple[str, list[str], list[str]]:
     """The test row with the longest history: user, behaviors; and candidates that have embeddings."""
     table = next(iter(ordered_batches(f"{layout.samples}/impressions/test", ["user_id", "behaviors"], 2_048)))
     history = table["behaviors"].to_pylist()
@@ -125,7 +125,8 @@ def _a_user(scenario: Scenario, layout: Layout) -> tuple[str, list[str], list[st
     return table["user_id"][place].as_py(), history[place], [ids[int(index)].as_py() for index in chosen]
 
 
-def _as_message(item: UnseenItem) -> dict[str, Any]:
+def as_message(item: UnseenItem) -> dict[str, Any]:
+    """The body of POST /v1/items."""
     image = None if item.image is None else base64.b64encode(item.image).decode()
     return {"item_id": item.item_id, "title": item.title, "image": image, "category": item.category}
 

@@ -105,8 +105,8 @@ def _parser(doc: str | None) -> argparse.ArgumentParser:
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"Commands:\n{commands}\n\nShipped scenarios: {', '.join(scenario_names())}. Settings that matter here: "
-        "run.root, run.center,\nserving.variant, ciubm.variants. What runs already keeps what it has; start it again to "
-        "serve what is current.",
+        "run.root, run.center,\nserving.variant, ciubm.variants. Rankers that run take up a new release by themselves; "
+        "parameter machines are switched by jobs/machines.py.",
     )
     parser.add_argument("--config", default="tiny", metavar="NAME|FILE", help="scenario name or YAML file (tiny)")
     parser.add_argument("--snapshot", metavar="ID", help="promote: this state of the snapshots, not the newest")

@@ -28,6 +28,7 @@ from deltalake.exceptions import DeltaError
 from mim_ray.data.ids import hash_ids
 from mim_ray.errors import ArtifactError, MimRayError
 from mim_ray.representation_center.current_rows import current_row_numbers, times
+from mim_ray.representation_center.data_files import segment_time
 from mim_ray.representation_center.deletions import Deletions
 from mim_ray.representation_center.key_index import shard_of, string_array
 from mim_ray.representation_center.layered_rows import LayeredRows
@@ -83,6 +84,8 @@ class EmbeddingLookup(LayeredRows):
         self._source_numbers: dict[str, int] = {}
         self._commits = np.empty(0, np.int64)  # of each source
         self._segments: set[str] = set()
+        self.newest_ns = 0
+        """When the newest segment that was taken in was stored (time_ns); 0 before the first."""
         self._waiting: list[tuple[str, pa.Table]] = []  # read from the window, not taken in yet
         self._lock = threading.Lock()
         self.refresh()
@@ -149,6 +152,7 @@ class EmbeddingLookup(LayeredRows):
             part = new[start : start + 1_000]
             num += self._take(pa.concat_tables([_as_uncommitted(name, rows) for name, rows in part]))
         self._segments.update(name for name, _ in new)
+        self.newest_ns = max([self.newest_ns, *(segment_time(name) for name, _ in new)])
         return num
 
     def _take_commits(self, tail: TableTail) -> int:

@@ -162,6 +162,10 @@ class Overlay:
         """(n, D) float32 vectors."""
         return self._column("matrix", rows).astype(np.float32, copy=False)
 
+    def keys(self, rows: np.ndarray) -> pa.LargeStringArray:
+        """(n,) item ids."""
+        return self._texts(rows, 0)
+
     def content_at(self, rows: np.ndarray) -> np.ndarray:
         return self._column("content_at", rows)
 

@@ -27,13 +27,13 @@ from ray.exceptions import RayError
 
 from mim_ray.config.scenario import ParameterMachines as Settings
 from mim_ray.data.ids import Ids, hash_ids
-from mim_ray.errors import UnavailableError
+from mim_ray.errors import ReleaseGoneError, UnavailableError
 from mim_ray.representation_center.direct_read import View
 from mim_ray.representation_center.key_index import shard_of, string_array
 from mim_ray.representation_center.layered_rows import Embeddings, as_float32
 from mim_ray.representation_center.local_machines import LocalMachines
 from mim_ray.representation_center.machine_calls import MachineCalls
-from mim_ray.representation_center.machine_tables import Vectors, shard_of_name
+from mim_ray.representation_center.machine_tables import Reply, Vectors, shard_of_name
 
 PIECE_BYTES = 180_000  # as float32; half of it where float16 travels, which Ray sends at once (its limit is 100 KiB)
 MOST_PIECES = 40
@@ -80,11 +80,23 @@ class ParameterClient:
         """
         return self.get_many({table: ids})[table]
 
-    def get_many(self, asked: Mapping[str, Ids]) -> dict[str, Answer]:
-        """As `multi_get`, of several tables of one release."""
+    def get_many(self, asked: Mapping[str, Ids], *, of_serial: int | None = None) -> dict[str, Answer]:
+        """As `multi_get`, of several tables of one release.
+
+        Args:
+            of_serial: the release to answer from; None: the current one.
+
+        Raises:
+            ReleaseGoneError: the machines no longer hold release `of_serial`.
+        """
         here = None if self._local is None else self._local.view(self._calls.known())
-        if here is not None and all(here.is_fresh(table, self.settings.freshness_s) for table in asked):
+        if (
+            here is not None
+            and of_serial in (None, here.serial)
+            and all(here.is_fresh(table, self.settings.freshness_s) for table in asked)
+        ):
             release, number = here.release.release_id, here.serial
+            self._widths |= {table: here.tables[table].snapshot.width for table in asked}
             return {
                 table: Answer(found.matrix, found.found, found.category, release, number, False)
                 for table, found in ((table, here.get(table, string_array(ids))) for table, ids in asked.items())
@@ -92,7 +104,7 @@ class ParameterClient:
         questions = {table: _Question(ids, self.settings.shards) for table, ids in asked.items()}
         shards = {shard for question in questions.values() for shard in question.shards}
         end = time.monotonic() + self.settings.deadline_ms / 1e3
-        serial: int | None = None
+        serial = of_serial
         while True:
             view, direct = self._readable(questions, shards, serial)
             wanted = view.serial if view is not None else serial
@@ -101,13 +113,16 @@ class ParameterClient:
                 for shard in shards - direct
             }
             replies, problems = self._calls.ask("lookup", calls, wanted, end, self._num_pieces)
+            if of_serial is not None:
+                replies = self._of_release(replies, of_serial)
+                break
             seen = {reply.serial for reply in replies.values()} | ({view.serial} if view is not None else set())
             if len(seen) <= 1 and not any(reply.problem for reply in replies.values()):
                 break
             if time.monotonic() >= end:
                 break
             serial = max(seen)  # machines are just switching: ask all of them for the newer one
-        newest = max(seen, default=0)
+        newest = max(seen, default=0) if of_serial is None else of_serial
         parts = {shard: reply for shard, reply in replies.items() if reply.serial == newest and not reply.problem}
         missing = shards - direct - set(parts)
         if view is not None and view.serial != newest:
@@ -128,16 +143,19 @@ class ParameterClient:
             answers[table] = Answer(found.matrix, found.found, found.category, release, newest, away)
         return answers
 
-    def dense(self, name: str) -> bytes:
-        """Dense parameters of the current release: safetensors bytes.
+    def dense(self, name: str, *, of_serial: int | None = None) -> bytes:
+        """Dense parameters of the current release, or of release `of_serial`: safetensors bytes.
 
         Raises:
+            ReleaseGoneError: the machines no longer hold release `of_serial`.
             UnavailableError: the machine that holds them did not answer within the deadline.
             ArtifactError: the release has none of this name.
         """
         shard = shard_of_name(name, self.settings.shards)
         end = time.monotonic() + self.settings.deadline_ms / 1e3
-        replies, problems = self._calls.ask("dense", {shard: name}, None, end)
+        replies, problems = self._calls.ask("dense", {shard: name}, of_serial, end)
+        if of_serial is not None:
+            replies = self._of_release(replies, of_serial)
         if shard not in replies:
             raise self._unavailable({shard}, problems)
         return bytes(replies[shard].content)
@@ -163,6 +181,12 @@ class ParameterClient:
             for call in done:
                 with contextlib.suppress(RayError):  # the machine is away
                     ray.get(call)
+
+    def _of_release(self, replies: dict[int, Reply], serial: int) -> dict[int, Reply]:
+        newer = [reply.release_id for reply in replies.values() if reply.problem]
+        if newer:
+            raise ReleaseGoneError(f"The parameter machines of {self.state} hold release {newer[0]} by now. Ask again.")
+        return replies
 
     def _readable(
         self, questions: Mapping[str, _Question], shards: set[int], serial: int | None
@@ -241,12 +265,13 @@ class _Question:
             view, table, shards = direct
             if not parts:
                 matrix = np.zeros((len(self.keys), view.tables[table].snapshot.width), np.float32)
-            at = np.concatenate([self.places(shard) for shard in shards & self.shards])
-            here = view.get(table, self.keys.take(pa.array(at)))
-            matrix[at], found[at] = here.matrix, here.found
-            inside = np.flatnonzero(np.asarray(here.category.is_valid(), bool))
-            named.append(at[inside])
-            names += here.category.take(pa.array(inside)).to_pylist()
+            if shards & self.shards:  # else all keys of this table are of shards that were called
+                at = np.concatenate([self.places(shard) for shard in shards & self.shards])
+                here = view.get(table, self.keys.take(pa.array(at)))
+                matrix[at], found[at] = here.matrix, here.found
+                inside = np.flatnonzero(np.asarray(here.category.is_valid(), bool))
+                named.append(at[inside])
+                names += here.category.take(pa.array(inside)).to_pylist()
         for shard, (vectors, there, with_name, categories) in parts.items():
             at = self.places(shard)
             matrix[at], found[at] = as_float32(vectors), there

@@ -63,6 +63,11 @@ class ParameterStore:
         return self._lookup.snapshot.width
 
     @property
+    def lookup(self) -> EmbeddingLookup:
+        """What answers now; `load` brings another one."""
+        return self._lookup
+
+    @property
     def num_overlay_rows(self) -> int:
         """Items that came after the snapshot."""
         return self._lookup.num_overlay_rows

@@ -80,8 +80,14 @@ class RankRequest(Message):
     null, have the model's default and are named in the answer."""
     item_context: dict[str, list[Any]] = {}
     """The same for features that differ between candidates: a list with one value for each of `candidates`."""
+    query_text: Annotated[str, Field(min_length=1, max_length=100_000)] | None = None
+    """What the user searched with, for a model that was trained with queries: a text,"""
+    query_image: Base64Bytes | None = None
+    """or the bytes of a picture (JPEG, PNG, WebP or GIF), as base64. With both the picture is the query, as in training."""
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Answer with this many items only. Default: all."""
+    explain: bool = False
+    """Say for each item in the answer which past items drove its score."""
 
     @model_validator(mode="after")
     def _times_of_behaviors(self) -> RankRequest:
@@ -91,6 +97,16 @@ class RankRequest(Message):
                 "send one for each of behaviors, in the same order"
             )
         return self
+
+
+class Reason(Message):
+    """One past item behind a score."""
+
+    item_id: str
+    id_relevance: float | None
+    """How much the model's attention looks at it for this candidate; null where the model has no attention."""
+    content_relevance: float | None
+    """Cosine of the two items' MM embeddings; null for a model without content, 0 where one of them has none."""
 
 
 class RankedItem(Message):
@@ -103,6 +119,8 @@ class RankedItem(Message):
     """The CTR model has no ID embedding of its own for the item: it is too new (or no item of this shop)."""
     no_content: bool = False
     """No MM embedding is known: the item was scored without content."""
+    reasons: list[Reason] | None = None
+    """With `explain`: the past items with the largest relevance of either kind, the larger first."""
 
 
 class RankResponse(Message):
@@ -126,6 +144,8 @@ class RankResponse(Message):
     )
 
     request_id: str
+    arm: str | None = None
+    """The user's arm of the A/B test; null where there is none."""
     items: list[RankedItem]
     num_behaviors: int
     """Past items that the ranking looked at."""
@@ -133,6 +153,11 @@ class RankResponse(Message):
     """Behaviors that were left out because they are not from before the request."""
     default_features: list[str] = []
     """Declared features that the request lacked, for one candidate or more: the model's defaults stood for them."""
+    degraded: list[str] = []
+    """What could not be read in time: "content" (all items were scored as if they had none), "tables" (some items, the user
+    or features count as unknown). Empty for a full answer."""
+    release: int | None = None
+    """Number of the release that made all of these scores; null where nothing was promoted."""
     model_version: str
     encoder_version: str | None
     """Version of the MM embeddings behind the scores; null for a model without content."""
@@ -241,3 +266,9 @@ class Ready(Message):
     """Items whose MM embedding is known."""
     default_features: dict[str, int] = {}
     """Requests since this replica started that lacked a declared feature, by feature."""
+    degraded: dict[str, int] = {}
+    """Answers since this replica started that lacked something, by what."""
+    release: int | None = None
+    """Number of the release that serves; null where nothing was promoted."""
+    refused: str | None = None
+    """Why a release that was promoted is not served; null when there is none such."""

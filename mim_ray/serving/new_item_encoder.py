@@ -7,10 +7,8 @@ into the Delta table every `serving.window_s`. `NewItemEncoder` is plain Python,
 
 from __future__ import annotations
 
-import logging
-import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
 from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
@@ -34,14 +33,19 @@ from mim_ray.representation_center.parameter_client import ParameterClient
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
-from mim_ray.representation_center.updates import fold, segment_rows
+from mim_ray.representation_center.updates import segment_rows
 from mim_ray.serving.fetch import check_prefixes
 from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded
 from mim_ray.serving.messages import EncodedItem, Health, NewItem, NewItemsRequest, NewItemsResponse, Problem, Ready
+from mim_ray.serving.metrics import Metrics, Versions, counted
+from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
 from mim_ray.serving.pictures import Pictures, TimeLimits
+from mim_ray.serving.query_encoder import QueryEncoder
+from mim_ray.serving.release_check import ReleaseCheck
 from mim_ray.serving.served import Served
+from mim_ray.serving.window_folding import WindowFolding
 
-logger = logging.getLogger("ray.serve")
+APP = "new_item_encoder"
 MAX_CLOCK_SKEW = timedelta(minutes=5)
 MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
 
@@ -64,6 +68,9 @@ class _Content:
 
 class NewItemEncoder:
     """Encodes items and stores them in the window.
+
+    Attributes:
+        check_release: raises where this encoder is not the release's; ReleaseCheck, where releases are followed.
 
     Args:
         encoder: makes the embeddings; its version must be that of the embeddings being served.
@@ -89,6 +96,7 @@ class NewItemEncoder:
         self._window = f"{center}/window"
         self._limits = limits
         self._push = push
+        self.check_release: Callable[[], None] = lambda: None
         self._pictures = Pictures(encoder.picture, limits, serving or Serving())
         self._known = KnownContent(
             EmbeddingTable(f"{center}/table"),
@@ -103,7 +111,9 @@ class NewItemEncoder:
 
         Raises:
             RequestError: a picture that cannot be used, an item without content, an id twice, a time in the future.
+            VersionMismatchError: this encoder is not the release's.
         """
+        self.check_release()
         now = datetime.now(UTC)
         left = self._pictures.time_limits()
         contents = [self._check(item, place, now, left) for place, item in enumerate(request.items)]
@@ -164,8 +174,9 @@ class NewItemEncoder:
         self._known.add(rows)
 
 
-def new_item_api(encoder: NewItemEncoder, serving: Serving) -> ASGIApp:
+def new_item_api(encoder: NewItemEncoder, serving: Serving, metrics: Metrics | None = None) -> ASGIApp:
     """The HTTP face of an encoder, with its limits. All paths begin with /v1/items, so that another app may have the rest."""
+    metrics = Metrics(APP, lambda: Versions(None, encoder.encoder_version)) if metrics is None else metrics
     app = FastAPI(
         title="mim_ray new items",
         summary="New items become rankable.",
@@ -178,49 +189,39 @@ def new_item_api(encoder: NewItemEncoder, serving: Serving) -> ASGIApp:
     @app.post("/v1/items", responses=problems)
     def items(request: NewItemsRequest) -> NewItemsResponse:
         """Encode one item, or a batch under `items`. Answers when they are durable; the same content again is a no-op."""
-        return encoder.encode(request)
+        metrics.parsed("/v1/items")
+        answer = encoder.encode(request)
+        changed = sum(item.changed for item in answer.items)
+        metrics.encoded(changed=changed, unchanged=len(answer.items) - changed)
+        return answer
 
     @app.get("/v1/items/healthz")
     async def healthz() -> Health:
         """The process answers."""
         return Health()
 
-    @app.get("/v1/items/readyz")
+    @app.get("/v1/items/readyz", responses={503: {"model": Problem}})
     def readyz() -> Ready:
-        """The encoder is loaded, and which."""
+        """The encoder is loaded, and which; it is the release's."""
+        encoder.check_release()
         return Ready(status="ready", encoder_version=encoder.encoder_version)
 
-    return guarded(app, serving)
-
-
-class WindowFolding:
-    """A thread that folds the window into the Delta table every `window_s`. Each replica has one: folding is safe beside
-    others, and goes on when a replica dies."""
-
-    def __init__(self, center: str, window_s: float) -> None:
-        self._center, self._window_s = center, window_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="window-folding")
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Finish the round that runs, and start none."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        table = EmbeddingTable(f"{self._center}/table")
-        while not self._stop.wait(self._window_s * random.uniform(0.8, 1.2)):  # replicas drift apart
-            try:
-                fold(f"{self._center}/window", table)
-            except Exception:  # storage may fail for a while: nothing is lost, the next round folds it
-                logger.exception("the window could not be folded; it is tried again in %.0f s", self._window_s)
+    add_metrics_routes(app, metrics, path="/v1/items/metrics")
+    return counted(guarded(app, serving), app, metrics)
 
 
 class NewItemReplica:
     """One process that serves `new_item_api`."""
 
-    def __init__(self, served: Served, limits: Data, serving: Serving, machines: ParameterMachines) -> None:
+    def __init__(
+        self,
+        served: Served,
+        limits: Data,
+        serving: Serving,
+        machines: ParameterMachines,
+        follow: Scenario | None = None,
+    ) -> None:
+        served = served if follow is None else Served.of(follow)
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
         on_gpu = serving.gpus_per_replica > 0 and torch.cuda.is_available()
         encoder = load_for_tables(served.encoder, "cuda" if on_gpu else "cpu")
@@ -233,22 +234,43 @@ class NewItemReplica:
             push=push,
             serving=serving,
         )
+        if follow is not None:
+            follow_s = serving.follow_release_s
+            self._encoder.check_release = ReleaseCheck(served.center, encoder.encoder_version, follow_s)
+        self._queries = QueryEncoder(encoder, limits, decode_timeout_s=serving.decode_timeout_s)
         self._serving = serving
         self._folding = WindowFolding(served.center, serving.window_s)
+        versions = Versions(None, encoder.encoder_version, served.release)
+        self._metrics = Metrics(APP, lambda: versions, MAX_ONGOING_REQUESTS)
+        self._metrics.watch("mim_ray_fold_age_seconds", self._folding.age_s)
+        self._reporter = Reporter(self._metrics)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return new_item_api(self._encoder, self._serving)
+        return new_item_api(self._encoder, self._serving, self._metrics)
+
+    async def embed_query(self, image: bytes | None, title: str | None) -> tuple[np.ndarray, str] | RequestError:
+        """For the ranking app's /v1/search/image: the query's vector (D,) and this encoder's version, or why it has none."""
+        try:
+            vector = await run_in_threadpool(self._queries.embed, image, title)
+        except RequestError as error:  # raised, Serve would log it as a fault of ours
+            return error
+        return vector, self._encoder.encoder_version
+
+    def check_health(self) -> None:
+        """Serve replaces a replica whose encoder is not the release's; until then it encodes nothing."""
+        self._encoder.check_release()
 
 
 def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> Application:
-    """The Serve application of what is current; refuses early what a replica would refuse late.
+    """The Serve application of what is current, now and after later promotions; refuses early what a replica would refuse late.
 
     Args:
-        served: something else than `Served.of(scenario)`.
+        served: this, and no other, whatever is promoted.
 
     Raises:
         MimRayError: the run is not finished, versions do not match, or strangers could call.
     """
+    follow = scenario if served is None else None
     serving = check_exposure(scenario.serving)
     check_prefixes(serving.image_url_prefixes)
     served = Served.of(scenario) if served is None else served
@@ -261,7 +283,7 @@ def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> A
         backpressure_config=FULL_QUEUE,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
     )(serve.ingress()(NewItemReplica))
-    return deployment.bind(served, scenario.data, serving, scenario.machines)
+    return deployment.bind(served, scenario.data, serving, scenario.machines, follow)
 
 
 def _microseconds(at: datetime) -> int:

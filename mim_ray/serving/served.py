@@ -6,16 +6,18 @@ serve run serve.ranking:app config=tiny run.root=/data/runs/tiny serving.variant
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from mim_ray import artifacts
+from mim_ray.ciubm.machine_export import MM_TABLE, networks_of
 from mim_ray.config import Scenario, load_scenario
-from mim_ray.config.scenario import ENCODER_FOLDERS
+from mim_ray.config.scenario import ENCODER_FOLDERS, Arm
 from mim_ray.errors import ArtifactError, ConfigError
-from mim_ray.representation_center.release import Release, read_release
+from mim_ray.representation_center.machine_release import read_wanted
+from mim_ray.representation_center.release import Release, read_release, releases
 
 
 class AppArgs(BaseModel):
@@ -44,6 +46,8 @@ class Served:
     Attributes:
         ctr: the CTR model. snapshot: MM embeddings. center: their table and the window of new items.
         release: number of the release that names them, None where nothing was promoted.
+        encoder_version: that the release names. serial: of the release as the parameter machines count; None where tables are
+            read from files.
     """
 
     ctr: str
@@ -52,6 +56,8 @@ class Served:
     center: str
     behaviors: str
     release: int | None = None
+    encoder_version: str | None = None
+    serial: int | None = None
 
     @classmethod
     def of(cls, scenario: Scenario) -> Served:
@@ -63,6 +69,50 @@ class Served:
         """
         release = read_release(_center(scenario))
         return cls.of_run(scenario) if release is None else cls._of_release(scenario, release)
+
+    @classmethod
+    def for_ranking(cls, scenario: Scenario) -> Served:
+        """The release that the parameter machines hold, where machines.state names some; else as `of`.
+
+        Raises:
+            ArtifactError: the machines hold no promoted release, or it is not all there.
+            ConfigError: as of `of`.
+        """
+        state = scenario.machines.state
+        if state is None:
+            return cls.of(scenario)
+        serial, held = read_wanted(state)
+        known = {str(release.number): release for release in releases(_center(scenario))}
+        release = known.get(held.release_id)
+        if release is None:
+            raise ArtifactError(
+                f"The parameter machines of {state} hold {held.release_id}, which is no release of {_center(scenario)}. "
+                "Load the current one with jobs/machines.py."
+            )
+        served = replace(cls._of_release(scenario, release), serial=serial)
+        if held.dense != networks_of(served.ctr) or held.tables[MM_TABLE].snapshot != release.snapshot:
+            raise ArtifactError(
+                f"The parameter machines of {state} hold a release {release.number} of another model than {served.ctr} on "
+                f"{release.snapshot}. Load the current one with jobs/machines.py."
+            )
+        return served
+
+    @classmethod
+    def of_arm(cls, scenario: Scenario, arm: Arm, current: Served) -> Served:
+        """What an arm of an A/B test serves.
+
+        Raises:
+            ArtifactError: there is no release of that number. ConfigError: as `of`.
+        """
+        if arm.release is not None:
+            found = [release for release in releases(_center(scenario)) if release.number == arm.release]
+            if not found:
+                raise ArtifactError(f"There is no release {arm.release}. `jobs/promote.py list` shows those there are.")
+            return cls._of_release(scenario, found[0])
+        if arm.variant is None:
+            return current
+        # its tables are in the replica, wherever those of the release are
+        return replace(current, ctr=f"{_root(scenario)}/ctr/{arm.variant}", serial=None)
 
     @classmethod
     def of_run(cls, scenario: Scenario) -> Served:
@@ -105,6 +155,7 @@ class Served:
             center=_center(scenario),
             behaviors=f"{_root(scenario)}/samples/behaviors",
             release=release.number,
+            encoder_version=release.encoder_version,
         )
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from mim_ray.ciubm.export import Ranker
+from mim_ray.ciubm.features import Features
+from mim_ray.ciubm.model import CtrNetwork, NetworkConfig
+from mim_ray.ciubm.tables import IdTables, Lookup
+from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 from mim_ray.data.catalogue import write_catalogue
 from mim_ray.data.schema import TIME
 from mim_ray.representation_center.snapshot import write_snapshot
@@ -94,3 +102,35 @@ def _make(root: Path, content_weight: float) -> SmallShop:
     matrix = np.eye(WIDTH, dtype=np.float32)[level]
     write_snapshot(f"{root}/snapshot", ids[:-1], matrix[:-1], encoder_version="test-1")
     return SmallShop(f"{root}/samples", f"{root}/snapshot", f"{root}/truth.parquet")
+
+
+@pytest.fixture(scope="session")
+def untrained_ranker() -> Callable[..., Ranker]:
+    """(backbone, content_width=8, **options of NetworkConfig) -> a ranker with random weights, of item-0..item-59 of five
+    categories and user-0..user-9. It has ages of behaviors, and a query vector where `query_width` asks for it."""
+
+    def make(backbone: str, content_width: int | None = WIDTH, **options: Any) -> Ranker:
+        ids = pa.array([f"item-{number}" for number in range(NUM_ITEMS)])
+        names = [f"category-{number}" for number in range(5)]
+        items = ItemIndex.build(ids, np.arange(NUM_ITEMS) % 5, names, np.full(NUM_ITEMS, 9), 1)
+        users = Vocabulary(pa.array([f"user-{number}" for number in range(10)]))
+        config = NetworkConfig(backbone, 16, 8, content_width, **options)
+        info = {
+            "variant": f"{backbone}-mim",
+            "encoder_version": None if content_width is None else "test-1",
+            "max_behaviors": 100,
+            "network": config.to_json(),
+            "queries": {"width": config.query_width, "encoder_version": "test-1"} if config.query_width else None,
+        }
+        num_rows = {"item": items.num_table_rows, "category": items.num_category_rows, "user": len(users) + 1}
+        models: list[tuple[CtrNetwork, Lookup]] = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            network = CtrNetwork(config).eval()
+            models.append((network, IdTables.create(num_rows, 8, seed=seed)))
+            for _, tables in models[seed:]:
+                assert isinstance(tables, IdTables)
+                tables.load_state({name: 20 * weight for name, weight in tables.state().items()})
+        return Ranker(info, items, users, Features(typical_age_s=3_600.0), models)
+
+    return make

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mim_ray.ciubm import train
 from mim_ray.ciubm.dataset import Content, ImpressionEncoder, count_input, gather_batch
 from mim_ray.ciubm.model import CtrNetwork
+from mim_ray.ciubm.recipe import network_config
 from mim_ray.ciubm.tables import IdTables
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 from mim_ray.ciubm.vocabulary_build import build_vocabularies
@@ -176,5 +176,5 @@ def test_unknown_ids_and_missing_content_are_counted(small_shop: Any) -> None:
         "behaviors_without_content": 1,
     }
     tables = IdTables.create({"item": items.num_table_rows, "category": items.num_category_rows, "user": 2}, 4, seed=0)
-    config = train.network_config(Scenario.model_validate({"ciubm": {"id_dim": 4}}).ciubm, "sim", content.width)
+    config = network_config(Scenario.model_validate({"ciubm": {"id_dim": 4}}).ciubm, "sim", content.width)
     assert CtrNetwork(config)(gather_batch(batch, tables)).isfinite().all()

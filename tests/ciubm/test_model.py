@@ -11,6 +11,8 @@ import torch
 
 from mim_ray.ciubm.backbones import NAMES
 from mim_ray.ciubm.model import CtrNetwork, EmbeddedBatch, NetworkConfig
+from mim_ray.ciubm.recipe import network_config
+from mim_ray.config.scenario import Ciubm
 
 CONFIG = NetworkConfig("sim", id_width=8, user_width=4, content_width=6, num_histogram_bins=5, hidden=(16,))
 
@@ -152,3 +154,8 @@ def test_a_frozen_input_changes_no_gradient_of_the_first_layer() -> None:
         gradients.append([logits, *torch.autograd.grad(logits.sum(), [*network.parameters(), *leaves])])
     for ours, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "projected"), [(None, 0), (64, 0), (65, 32), (128, 32)])
+def test_only_wide_mm_vectors_are_projected_by_default(width: int | None, projected: int) -> None:
+    assert network_config(Ciubm(), "sim", width).content_projection == projected

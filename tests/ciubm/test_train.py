@@ -20,6 +20,7 @@ from mim_ray.ciubm.export import load_ranker
 from mim_ray.ciubm.machine_export import write_for_machines
 from mim_ray.ciubm.model import CtrNetwork
 from mim_ray.ciubm.predict import predict
+from mim_ray.ciubm.recipe import network_config
 from mim_ray.ciubm.tables import IdTables
 from mim_ray.ciubm.vocabulary_build import build_vocabularies
 from mim_ray.config import Scenario
@@ -308,7 +309,7 @@ def test_two_workers_match_one_on_the_joined_batch(
     encoder = ImpressionEncoder(vocabularies.items, users, None, 8)
     columns = ["user_id", "item_id", "behaviors", "label"]
     rows = next(ordered_batches(f"{small_shop.samples}/impressions/train", columns, 256))
-    config = train.network_config(_scenario().ciubm, "sim", None)
+    config = network_config(_scenario().ciubm, "sim", None)
 
     def steps(rank: int, world: int) -> dict[str, Any]:
         torch.manual_seed(0)

@@ -16,6 +16,7 @@ import torch
 
 from mim_ray import artifacts
 from mim_ray.ciubm import train
+from mim_ray.ciubm.recipe import network_config
 from mim_ray.ciubm.trainer import Trainer
 from mim_ray.ciubm.vocabulary_build import build_vocabularies
 from mim_ray.config import Scenario
@@ -47,7 +48,7 @@ def config_of(samples: str, output: str, **changes: Any) -> dict[str, Any]:
     vocabularies.save(f"{output}/vocabulary")
     return {
         "settings": settings.model_dump(mode="json"),
-        "network": train.network_config(settings, "din", None).to_json(),
+        "network": network_config(settings, "din", None).to_json(),
         "samples": samples,
         "rows": f"{samples}/impressions/train",
         "earlier": None,

@@ -56,6 +56,20 @@ def test_eq_9_around_a_users_own_module(batch: EmbeddedBatch) -> None:
     assert torch.equal(h_b, torch.cat(expected, dim=1))
 
 
+def test_projections_map_mm_vectors_and_nothing_else(batch: EmbeddedBatch) -> None:
+    torch.manual_seed(0)
+    whole = CiUBM(LastBehavior(), D, WIDTH, options=ALL)
+    projected = CiUBM(LastBehavior(), D, WIDTH, options=replace(ALL, projected_width=2))
+    assert projected.width == whole.width - 3 * (WIDTH - 2) == projected(batch).shape[1]
+    of_interest, of_target, of_query = (layer.weight.t() for layer in projected.projections)
+    expected = list(whole.parts(batch))
+    wide = [number for number, part in enumerate(expected) if part.shape[1] == WIDTH]
+    assert len(wide) == 3
+    for number, weight in zip(wide, (of_interest, of_target, of_query), strict=True):
+        expected[number] = expected[number] @ weight
+    torch.testing.assert_close(projected(batch), torch.cat(expected, dim=1))
+
+
 def test_each_part_of_eq_9_can_be_switched_off(batch: EmbeddedBatch) -> None:
     whole = CiUBM(LastBehavior(), D, WIDTH)(batch)
     parts = {

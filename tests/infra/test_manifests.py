@@ -205,7 +205,12 @@ def policy() -> NetworkPolicy:
 
 
 def test_every_manifest_is_checked_here():
-    assert {path.name for path in INFRA.glob("*.yaml")} == {"rayjob.yaml", "rayservice.yaml", "networkpolicy.yaml"}
+    assert {path.name for path in INFRA.glob("*.yaml")} == {
+        "rayjob.yaml",
+        "rayservice.yaml",
+        "networkpolicy.yaml",
+        "prometheus-rules.yaml",  # test_dashboards.py
+    }
 
 
 def test_the_clusters_run_the_pinned_ray_in_our_image_behind_a_token(job, service):

@@ -23,7 +23,7 @@ from mim_ray.config.scenario import ParameterMachines as Settings
 from mim_ray.errors import ArtifactError, ConfigError, MimRayError, UnavailableError
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.machine_release import MachineRelease, TableSource
-from mim_ray.representation_center.parameter_client import ParameterClient
+from mim_ray.representation_center.parameter_client import ParameterClient, _Question
 from mim_ray.representation_center.parameter_machines import ParameterMachines
 from mim_ray.representation_center.snapshot import Snapshot, write_snapshot
 from mim_ray.representation_center.snapshot_line import kept_snapshots
@@ -105,6 +105,15 @@ def clients(machines: ParameterMachines, **options: object) -> list[ParameterCli
     """One that reads mappings, one that calls."""
     changed = machines.settings.model_copy(update=options)
     return [ParameterClient(machines.state, changed, direct=direct) for direct in (True, False)]
+
+
+def test_a_table_of_which_only_called_shards_are_asked_is_answered_beside_one_that_is_read_here() -> None:
+    question = _Question(["one"], 2)
+    (shard,) = question.shards
+    vector = np.ones((1, 3), np.float32)
+    found = question.join((None, "ids", {1 - shard}), {shard: (vector, np.ones(1, bool), np.empty(0, int), [])}, 3)  # type: ignore[arg-type]
+    assert (found.matrix == vector).all()
+    assert found.found.all()
 
 
 def pids(machines: ParameterMachines) -> dict[tuple[int, int], int]:

@@ -21,8 +21,8 @@ from mim_ray import artifacts
 from mim_ray.ciubm.export import save_model
 from mim_ray.ciubm.features import Features
 from mim_ray.ciubm.model import CtrNetwork
+from mim_ray.ciubm.recipe import network_config
 from mim_ray.ciubm.tables import IdTables
-from mim_ray.ciubm.train import network_config
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
 from mim_ray.config import Scenario, load_scenario
 from mim_ray.config.scenario import Serving
@@ -35,6 +35,7 @@ from mim_ray.representation_center.updates import segment_rows
 from mim_ray.serving.new_item_encoder import NewItemEncoder, new_item_api
 from mim_ray.serving.ranker import RankingService, ranking_api
 from mim_ray.serving.served import Served
+from mim_ray.serving.similar import SimilarItems
 from mim_ray.training.checkpoint import with_prefix
 
 NUM_ITEMS = 40
@@ -73,21 +74,30 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_run(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path) -> SmallRun:
-    """Items i0..i39, users u0..u9 with behaviors, the model sim-mim; for tests that only read, or post items of their own."""
-    return make_run(tmp_path_factory.mktemp("shared") / "run", encoder_folder)
+def new_run(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path) -> SmallRun:
+    """Items i0..i39, users u0..u9 with behaviors, the model sim-mim. Nobody writes into it."""
+    return make_run(tmp_path_factory.mktemp("new") / "run", encoder_folder)
+
+
+@pytest.fixture(scope="session")
+def shared_run(tmp_path_factory: pytest.TempPathFactory, new_run: SmallRun) -> SmallRun:
+    """The same, for tests that only read, or post items and events of their own."""
+    return copy_run(new_run, tmp_path_factory.mktemp("shared") / "run")
 
 
 @pytest.fixture
-def small_run(tmp_path: Path, shared_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> SmallRun:
-    """The same, a copy for one test."""
+def small_run(tmp_path: Path, new_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> SmallRun:
+    """The same, for one test."""
     monkeypatch.setenv("MIM_RAY_CACHE", str(tmp_path / "cache"))
-    root = tmp_path / "run"
-    shutil.copytree(shared_run.root, root, symlinks=True, ignore=shutil.ignore_patterns("window"))
+    return copy_run(new_run, tmp_path / "run")
+
+
+def copy_run(source: SmallRun, root: Path) -> SmallRun:
+    shutil.copytree(source.root, root, symlinks=True)
     manifest = (root / "extraction" / "artifact.json").read_text()
-    (root / "extraction" / "artifact.json").write_text(manifest.replace(str(shared_run.root), str(root)))
-    run = shared_run.scenario.run.model_copy(update={"root": str(root)})
-    return SmallRun(root, shared_run.scenario.model_copy(update={"run": run}))
+    (root / "extraction" / "artifact.json").write_text(manifest.replace(str(source.root), str(root)))
+    run = source.scenario.run.model_copy(update={"root": str(root)})
+    return SmallRun(root, source.scenario.model_copy(update={"run": run}))
 
 
 def make_run(root: Path, encoder_folder: Path) -> SmallRun:
@@ -157,8 +167,15 @@ def both_apis(shared_run: SmallRun) -> Iterator[Callable[[Serving], dict[str, AS
         ItemEncoder.load(f"{shared_run.root}/csft/encoder"), f"{shared_run.root}/center", scenario.data
     )
 
+    similar = SimilarItems(lambda: service.rollout.current, exact_rows=1_000, recall=0.95)
+    similar.refresh()
+
+    async def embed(image: bytes | None, title: str | None) -> tuple[np.ndarray, str]:
+        return np.ones(scenario.encoders.width, np.float32), encoder.encoder_version
+
     def build(serving: Serving) -> dict[str, ASGIApp]:
-        return {"ranking": ranking_api(service, serving), "items": new_item_api(encoder, serving)}
+        ranking = ranking_api(service, serving, similar=similar, embed=embed)
+        return {"ranking": ranking, "items": new_item_api(encoder, serving)}
 
     yield build
     service.embeddings.stop()

@@ -1,17 +1,26 @@
+import base64
 import json
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
+import torch
 from starlette.testclient import TestClient
 
+from mim_ray import artifacts
 from mim_ray.ciubm.export import load_ranker
+from mim_ray.ciubm.model import CtrNetwork, NetworkConfig
+from mim_ray.data.transforms import decode_image
+from mim_ray.encoders.item_encoder import ItemEncoder, encode_queries
 from mim_ray.errors import ArtifactError, VersionMismatchError
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.updates import append_segment, segment_rows
+from mim_ray.serving.answers import reasons
 from mim_ray.serving.messages import RankRequest
+from mim_ray.serving.query_encoder import QueryEncoder
 from mim_ray.serving.ranker import RankingService, bind_ranking, ranking_api
 from mim_ray.serving.served import Served
+from mim_ray.training.checkpoint import with_prefix
 
 
 @pytest.fixture
@@ -66,14 +75,13 @@ def test_behaviors_in_the_request_replace_the_stored_ones(client):
 
 
 def test_behaviors_with_times_are_sorted_and_later_ones_left_out(client, service, monkeypatch):
-    seen = []
+    seen, request = [], service.model.request
 
-    def score(_, behaviors, candidates, multi_get, *, behavior_times, timestamp, **__):
-        multi_get([*behaviors, *candidates])
-        seen.append((behaviors, behavior_times, timestamp))
-        return np.zeros(len(candidates))
+    def noted(user, behaviors, candidates, **options):
+        seen.append((behaviors, options["behavior_times"], options["timestamp"]))
+        return request(user, behaviors, candidates, **options)
 
-    monkeypatch.setattr(service.model, "score", score)
+    monkeypatch.setattr(service.model, "request", noted)
     body = {"user_id": "u1", "candidates": ["i1"], "timestamp": "2026-01-02T00:00:00Z"}
     days = ["2026-01-01T12:00:00Z", "2026-01-02T00:00:00Z", "2026-01-01T01:00:00+01:00", "2026-03-01T00:00:00Z"]
     answer = client.post("/v1/rank", json=body | {"behaviors": ["a", "b", "c", "d"], "behavior_times": days})
@@ -102,14 +110,13 @@ def with_features(client, service, monkeypatch):
     """The same client; the model has a categorical, a dense and a multi-valued feature. Gives the rows it was asked for."""
     kinds = {"device": "categorical", "price": "dense", "tags": "multi"}
     monkeypatch.setattr(type(service.model.features), "kinds", property(lambda _: kinds))
-    seen = []
+    seen, request = [], service.model.request
 
-    def score(_, behaviors, candidates, multi_get, *, context, **__):
-        multi_get([*behaviors, *candidates])
+    def noted(*asked, context, **options):
         seen.append(context.select(list(kinds)).to_pylist())
-        return np.zeros(len(candidates))
+        return request(*asked, **options)
 
-    monkeypatch.setattr(service.model, "score", score)
+    monkeypatch.setattr(service.model, "request", noted)
     return client, seen
 
 
@@ -199,8 +206,32 @@ def test_a_new_item_gets_content_and_its_category_without_a_restart(service, sma
     assert service.embeddings.multi_get(["n1"])[2].to_pylist() == ["mugs"]
 
 
+@pytest.mark.parametrize("error", [ArtifactError("a segment is damaged"), OSError("the disk is away")])
+def test_without_the_embedding_store_all_is_scored_as_without_content_and_the_answer_says_so(
+    client, service, monkeypatch, error
+):
+    candidates = [f"i{row}" for row in range(20)]
+    body = {"user_id": "u1", "candidates": candidates}
+    full = client.post("/v1/rank", json=body).json()
+    assert full["degraded"] == []
+    with monkeypatch.context() as broken:
+        broken.setattr(service.embeddings, "multi_get", lambda _: (_ for _ in ()).throw(error))
+        answer = client.post("/v1/rank", json=body).json()
+    assert answer["degraded"] == ["content"]
+    assert all(item["no_content"] for item in answer["items"])
+    nothing = np.zeros((25, service.model.content_width), np.float32)
+    expected = service.model.score(
+        "u1", ["i1", "i2", "i3", "i4", "i5"], candidates, lambda ids: (nothing, np.zeros(25, bool), [None] * 25)
+    )
+    prob = {item["item_id"]: item["prob"] for item in answer["items"]}
+    np.testing.assert_allclose([prob[item] for item in candidates], expected, atol=1e-7)
+    assert prob != {item["item_id"]: item["prob"] for item in full["items"]}
+    assert client.post("/v1/rank", json=body).json()["items"] == full["items"]
+    assert client.get("/readyz").json()["degraded"] == service.degraded_answers == {"content": 1}
+
+
 def test_a_score_that_is_no_number_is_never_answered(client, service, monkeypatch):
-    monkeypatch.setattr(service.model, "score", lambda *_, **__: np.array([np.nan]))
+    monkeypatch.setattr(service.model, "predict", lambda *_: np.array([np.nan]))
     answer = client.post("/v1/rank", json={"user_id": "u1", "candidates": ["i1"]})
     assert answer.status_code == 500
     assert set(answer.json()) == {"error"}
@@ -235,3 +266,124 @@ def test_health_readiness_and_the_openapi_page_answer(client):
     assert ready["num_items"] == 40
     assert ready["encoder_version"].startswith("csft-")
     assert client.get("/openapi.json").json()["components"]["schemas"]["RankRequest"]["examples"]
+
+
+def test_reasons_are_the_networks_own_relevance_the_largest_first(client, service):
+    body = {"user_id": "u1", "candidates": [f"i{row}" for row in range(20)], "top_k": 4}
+    assert {item["reasons"] for item in client.post("/v1/rank", json=body).json()["items"]} == {None}
+    items = client.post("/v1/rank", json=body | {"explain": True}).json()["items"]
+    assert [item["item_id"] for item in items] == [
+        item["item_id"] for item in client.post("/v1/rank", json=body).json()["items"]
+    ]
+    behaviors = ["i1", "i2", "i3", "i4", "i5"]
+    asked = service.model.request("u1", behaviors, [item["item_id"] for item in items])
+    found = service.rollout.current.rows.get(asked)
+    by_id, by_content = service.model.relevance(found.batch, np.arange(4))
+    for item, of_id, of_content in zip(items, by_id, by_content, strict=True):
+        told = item["reasons"]
+        for reason in told:
+            place = behaviors.index(reason["item_id"])
+            assert reason["id_relevance"] == pytest.approx(of_id[place], abs=1e-5)
+            assert reason["content_relevance"] == pytest.approx(of_content[place], abs=1e-5)
+        assert behaviors[np.abs(of_content).argmax()] in [reason["item_id"] for reason in told[:2]]
+        assert 3 <= len(told) <= 5
+    none = client.post("/v1/rank", json=body | {"explain": True, "behaviors": []}).json()["items"]
+    assert [item["reasons"] for item in none] == [[], [], [], []]
+
+
+@pytest.mark.parametrize(
+    ("by_id", "by_content", "expected"),
+    [
+        ([0.1, -0.9, 0.2, 0.0], [0.5, 0.4, 0.3, 0.9], ["b", "d", "c", "a"]),
+        (None, [0.0, 0.4, 0.0, -0.9], ["d", "b"]),
+        ([0.0, 2.0, 1.0, 0.0], None, ["b", "c"]),
+        (None, None, []),
+    ],
+)
+def test_reasons_take_the_largest_of_either_kind_in_turn(by_id, by_content, expected):
+    found = reasons(
+        ["a", "b", "c", "d"],
+        None if by_id is None else np.array(by_id),
+        None if by_content is None else np.array(by_content),
+    )
+    assert [reason.item_id for reason in found] == expected
+    assert all((reason.id_relevance is None) == (by_id is None) for reason in found)
+
+
+def test_a_query_is_refused_by_a_model_that_was_trained_without(client):
+    for query in ({"query_text": "red mug"}, {"query_image": "aGVsbG8="}):
+        answer = client.post("/v1/rank", json={"user_id": "u1", "candidates": ["i1"], **query})
+        assert answer.status_code == 422
+        assert answer.json()["error"].startswith("sim-mim was trained without queries.")
+
+
+@pytest.fixture
+def with_queries(small_run):
+    """A model that feeds the query, in the place of sim-mim; the encoder's QueryEncoder answers. Gives a function that says
+    what was asked of it."""
+    root, encoder = small_run.root, ItemEncoder.load(f"{small_run.root}/csft/encoder")
+    info = json.loads((root / "ctr" / "sim-mim" / "ctr.json").read_text())
+    config = NetworkConfig.from_json(info["network"] | {"query_width": encoder.width, "query_interest": True})
+    torch.manual_seed(3)
+    network = with_prefix("network", CtrNetwork(config).state_dict())
+    artifacts.write_tensors(
+        f"{root}/ctr/sim-mim/seed-0/network.safetensors", {name[8:]: w for name, w in network.items()}
+    )
+    queries = {"width": encoder.width, "encoder_version": encoder.encoder_version, "line": "unused"}
+    (root / "ctr" / "sim-mim" / "ctr.json").write_text(
+        json.dumps(info | {"network": config.to_json(), "queries": queries})
+    )
+    service = RankingService.open(Served.of(small_run.scenario), small_run.scenario.serving)
+    of_queries, asked = QueryEncoder(encoder, small_run.scenario.data), []
+
+    async def embed(image, title):
+        asked.append((image, title))
+        return of_queries.embed(image, title), encoder.encoder_version
+
+    api = ranking_api(service, small_run.scenario.serving, embed=embed)
+    yield TestClient(api, raise_server_exceptions=False), service, encoder, asked
+    service.rollout.current.close()
+    service.behaviors.stop()
+
+
+def test_a_query_is_encoded_as_training_encoded_it(with_queries, picture):
+    client, service, encoder, asked = with_queries
+    candidates = [f"i{row}" for row in range(10)]
+    body = {"user_id": "u1", "candidates": candidates}
+    image = base64.b64encode(picture(3)).decode()
+    answers = {}
+    for name, query in {
+        "none": {},
+        "text": {"query_text": "striped  red thing"},
+        "image": {"query_image": image},
+        "both": {"query_image": image, "query_text": "blue"},
+    }.items():
+        answer = client.post("/v1/rank", json=body | query)
+        assert answer.status_code == 200, answer.text
+        answers[name] = {item["item_id"]: item["prob"] for item in answer.json()["items"]}
+    assert answers["both"] == answers["image"] != answers["text"] != answers["none"] != answers["image"]
+    assert len(asked) == 3
+    pixels = decode_image(picture(3), encoder.picture, 10**7, 10**8)[None]
+    vectors = {
+        "none": np.zeros(encoder.width, np.float32),
+        "text": encode_queries(encoder, ["striped red thing"], pixels, np.zeros(1, bool))[0],
+        "image": encode_queries(encoder, [None], pixels, np.ones(1, bool))[0],
+    }
+    for name, vector in vectors.items():
+        behaviors = service.behaviors.history("u1")[0]
+        request = service.model.request("u1", behaviors, candidates, query_mm=vector)
+        found = service.rollout.current.rows.get(request)
+        expected = service.model.predict(found.batch)
+        np.testing.assert_allclose([answers[name][item] for item in candidates], expected, atol=1e-6)
+
+
+def test_a_query_of_another_encoder_version_or_that_cannot_be_read_is_a_sentence(with_queries, monkeypatch):
+    client, service, _, _ = with_queries
+    body = {"user_id": "u1", "candidates": ["i1"]}
+    answer = client.post("/v1/rank", json=body | {"query_image": "aGVsbG8="})
+    assert answer.status_code == 422
+    assert "image" in answer.json()["error"]
+    assert client.post("/v1/rank", json=body | {"query_text": "  "}).status_code == 422
+    monkeypatch.setattr(service.model, "query_encoder_version", "csft-of-yesterday")
+    assert client.post("/v1/rank", json=body | {"query_text": "red"}).status_code == 503
+    assert client.post("/v1/rank", json=body).status_code == 200

@@ -15,11 +15,11 @@ from mim_ray.ciubm.backbones.average import Average
 from mim_ray.ciubm.backbones.bst import Bst
 from mim_ray.ciubm.backbones.dien import Dien
 from mim_ray.ciubm.backbones.din import Din
-from mim_ray.ciubm.backbones.face import Backbone, Side, WithAuxiliaryLoss
+from mim_ray.ciubm.backbones.face import Backbone, Side, WithAttention, WithAuxiliaryLoss
 from mim_ray.ciubm.backbones.sim import Sim
 from mim_ray.ciubm.backbones.twin import Twin
 
-__all__ = ["NAMES", "Backbone", "BackboneSettings", "Side", "WithAuxiliaryLoss", "build_backbone"]
+__all__ = ["NAMES", "Backbone", "BackboneSettings", "Side", "WithAttention", "WithAuxiliaryLoss", "build_backbone"]
 
 NAMES = ("sim", "din", "dien", "bst", "twin", "average")
 

@@ -48,8 +48,17 @@ class TargetAttention(nn.Module):
         query, mask = self.query(target), behavior_mask.unsqueeze(1)
         if self.content is None:
             return self.joined(attend(query, behaviors, mask))
-        scores = self.content(torch.bmm(query, behaviors.transpose(1, 2)), content)  # (B, H, K)
-        return self.joined(torch.bmm(masked_softmax(scores, mask), behaviors))
+        scores = self.content(products(query, behaviors), content)  # (B, H, K)
+        return self.joined(weighted(masked_softmax(scores, mask), behaviors))
+
+    def weights(
+        self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, content: Tensor | None = None
+    ) -> Tensor:
+        """What `forward` weighs behaviors by: (B, H, K), 0 where masked."""
+        scores = products(self.query(target), behaviors)
+        if self.content is not None:
+            scores = self.content(scores, content)
+        return masked_softmax(scores, behavior_mask.unsqueeze(1))
 
     def query(self, target: Tensor) -> Tensor:
         """(B, H, e): its inner product with a behavior is the scaled one of the head's query and key."""
@@ -96,9 +105,22 @@ def attend(query: Tensor, behaviors: Tensor, mask: Tensor) -> Tensor:
 
     softmax(q · h_i) over the real behaviors weighs their sum; zeros where none is real. With one backward of its own: the
     behaviors' gradient is a single matrix product, and what is masked has weight 0, so its gradient needs no mask.
+    Behaviors that all rows share, (1, L, d), have torch's.
     """
+    if len(behaviors) == 1:
+        return weighted(masked_softmax(products(query, behaviors), mask), behaviors)
     mixed: Tensor = _Attend.apply(query, behaviors, mask)
     return mixed
+
+
+def products(query: Tensor, behaviors: Tensor) -> Tensor:
+    """Inner products of (B, H, d) with behaviors (B, L, d), or with (1, L, d) that all rows share -> (B, H, L)."""
+    return torch.matmul(query, behaviors[0].t()) if len(behaviors) == 1 else torch.bmm(query, behaviors.transpose(1, 2))
+
+
+def weighted(weights: Tensor, behaviors: Tensor) -> Tensor:
+    """Sums of behaviors (B, L, e), or of (1, L, e) that all rows share, by weights (B, H, L) -> (B, H, e)."""
+    return torch.matmul(weights, behaviors[0]) if len(behaviors) == 1 else torch.bmm(weights, behaviors)
 
 
 class _Attend(torch.autograd.Function):
@@ -154,7 +176,7 @@ def as_mask(index: Tensor, found: Tensor, length: int) -> Tensor:
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (B, …) of each row's own (B, L, e) or (B, L) -> (B, …, e) or (B, …)."""
+    """Rows `index` (B, …) of each row's own (B, L, e) or (B, L), or of one that all share -> (B, …, e) or (B, …)."""
     size, length = values.shape[:2]
     first = torch.arange(size, device=index.device).view(-1, *[1] * (index.dim() - 1)) * length
     taken = values.reshape(size * length, *values.shape[2:]).index_select(0, (index + first).flatten())

@@ -10,6 +10,8 @@ from mim_ray.ciubm.backbones.face import Side
 class Average(nn.Module):
     """h_B^ID = the mean of the real behaviors' ID embeddings (a_t,i = 1 / l in Eq. 1)."""
 
+    shares_behaviors = True
+
     def __init__(self, id_width: int) -> None:
         super().__init__()
         self.width = id_width

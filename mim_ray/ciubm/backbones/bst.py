@@ -11,10 +11,13 @@ keys. Without behaviors the answer is zero.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, scaled_dot_product_attention
 
+from mim_ray.ciubm.backbones.attention import masked_softmax
 from mim_ray.ciubm.backbones.face import Side
 from mim_ray.ciubm.backbones.gaps import NUM_GAPS, gap_bucket
 
@@ -40,6 +43,25 @@ class Bst(nn.Module):
 
     def forward(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
         """(B, d) target and (B, L, d) behaviors -> (B, width); zeros without behaviors."""
+        tokens, mask, query, key, value = self._tokens(target, behaviors, behavior_mask, side)
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        tokens = self.first_norm(tokens + self.joined(attended.transpose(1, 2).flatten(2)))
+        tokens = self.second_norm(tokens + self.narrow(leaky_relu(self.widen(tokens))))
+        weights = behavior_mask.to(tokens.dtype)
+        count = weights.sum(dim=1, keepdim=True)
+        mean = torch.bmm(weights.unsqueeze(1), tokens[:, :-1]).squeeze(1) / count.clamp_min(1.0)
+        return torch.cat([tokens[:, -1], mean], dim=-1) * count.clamp_max(1.0)
+
+    def explain(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
+        """How each head's target token looks at the behaviors, (B, H, L); the rest of its softmax is the target itself."""
+        _, mask, query, key, _ = self._tokens(target, behaviors, behavior_mask, side)
+        scores = torch.matmul(query[:, :, -1:], key.transpose(2, 3)) / math.sqrt(query.shape[-1])
+        return masked_softmax(scores, mask)[:, :, 0, :-1]
+
+    def _tokens(
+        self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Tokens (B, L + 1, width), their mask (B, 1, 1, L + 1), and query, key and value (B, H, L + 1, width / H)."""
         size, length, _ = behaviors.shape
         position = torch.cat([self._position(behavior_mask, side), behavior_mask.new_zeros(size, 1).long()], dim=1)
         items = torch.cat([behaviors, target.unsqueeze(1)], dim=1)
@@ -47,13 +69,7 @@ class Bst(nn.Module):
         mask = torch.cat([behavior_mask, behavior_mask.new_ones(size, 1)], dim=1)
         by_head = self.query_key_value(tokens).view(size, length + 1, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = by_head.unbind(0)  # (B, H, L + 1, width / H)
-        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask.view(size, 1, 1, -1))
-        tokens = self.first_norm(tokens + self.joined(attended.transpose(1, 2).flatten(2)))
-        tokens = self.second_norm(tokens + self.narrow(leaky_relu(self.widen(tokens))))
-        weights = behavior_mask.to(tokens.dtype)
-        count = weights.sum(dim=1, keepdim=True)
-        mean = torch.bmm(weights.unsqueeze(1), tokens[:, :-1]).squeeze(1) / count.clamp_min(1.0)
-        return torch.cat([tokens[:, -1], mean], dim=-1) * count.clamp_max(1.0)
+        return tokens, mask.view(size, 1, 1, -1), query, key, value
 
     def _position(self, behavior_mask: Tensor, side: Side) -> Tensor:
         """(B, L) rows of `positions`."""

@@ -23,6 +23,8 @@ from mim_ray.ciubm.backbones.face import Side
 class Dien(nn.Module):
     """h_B^ID = the AUGRU's last state."""
 
+    shares_behaviors = True
+
     def __init__(self, id_width: int) -> None:
         super().__init__()
         self.width = id_width
@@ -36,6 +38,10 @@ class Dien(nn.Module):
     def forward(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
         """(B, d) target and (B, L, d) behaviors -> (B, d); zeros without behaviors."""
         return self._evolved(target, self.extraction(behaviors)[0], behavior_mask)
+
+    def explain(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
+        """a_i (B, 1, L), by which the interest evolves."""
+        return self._relevance(target, self.extraction(behaviors)[0], behavior_mask).unsqueeze(1)
 
     def interest_and_loss(
         self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side, label: Tensor
@@ -61,9 +67,15 @@ class Dien(nn.Module):
         return total / len(state)
 
     def _evolved(self, target: Tensor, states: Tensor, behavior_mask: Tensor) -> Tensor:
+        return self.evolution(states, self._relevance(target, states, behavior_mask))
+
+    def _relevance(self, target: Tensor, states: Tensor, behavior_mask: Tensor) -> Tensor:
         query = target @ self.attention.weight.t()  # (B, d)
-        scores = torch.bmm(states, query.unsqueeze(-1)).squeeze(-1)
-        return self.evolution(states, masked_softmax(scores, behavior_mask))
+        if len(states) == 1:
+            scores = query @ states[0].t()
+        else:
+            scores = torch.bmm(states, query.unsqueeze(-1)).squeeze(-1)
+        return masked_softmax(scores, behavior_mask)
 
 
 class Augru(nn.Module):
@@ -75,10 +87,10 @@ class Augru(nn.Module):
         self.of_state = nn.Linear(width, 3 * width)
 
     def forward(self, inputs: Tensor, relevance: Tensor) -> Tensor:
-        """(B, L, e) and (B, L) -> the last state (B, d); a step with relevance 0 leaves the state as it was."""
+        """(B or 1, L, e) and (B, L) -> the last state (B, d); a step with relevance 0 leaves the state as it was."""
         by_step = self.of_input(inputs.transpose(0, 1)).unbind(0)  # L times (B, 3 d)
         gate = relevance.t().unsqueeze(-1).unbind(0)  # L times (B, 1)
-        state = inputs.new_zeros(len(inputs), self.of_state.in_features)
+        state = inputs.new_zeros(len(relevance), self.of_state.in_features)
         width = state.shape[1]
         for step, of_input in enumerate(by_step):
             of_state = linear(state, self.of_state.weight, self.of_state.bias)

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mim_ray.ciubm.backbones.attention import ContentAttention
+from mim_ray.ciubm.backbones.attention import ContentAttention, weighted
 from mim_ray.ciubm.backbones.face import Side
+
+_CACHED = 65_536  # numbers of hidden units that are computed at once
 
 
 class Din(nn.Module):
     """h_B^ID = Σ_i a(t, h_i) h_i with a learnt a (Eq. 1)."""
+
+    shares_behaviors = True
 
     def __init__(self, id_width: int, hidden: int = 36, *, content: bool = False) -> None:
         super().__init__()
@@ -28,11 +32,14 @@ class Din(nn.Module):
 
     def forward(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
         """(B, d) target and (B, L, d) behaviors -> (B, d); zeros without behaviors."""
-        scores = self.relevance(target, behaviors).unsqueeze(1)  # (B, 1, L)
+        return weighted(self.explain(target, behaviors, behavior_mask, side), behaviors).squeeze(1)
+
+    def explain(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
+        """a_t,i (B, 1, L), of any sign and size."""
+        scores = self.relevance(target, behaviors).unsqueeze(1)
         if self.content is not None:
             scores = self.content(scores, side.content)
-        scores = scores.masked_fill(~behavior_mask.unsqueeze(1), 0.0)
-        return torch.bmm(scores, behaviors).squeeze(1)
+        return scores.masked_fill(~behavior_mask.unsqueeze(1), 0.0)
 
     def relevance(self, target: Tensor, behaviors: Tensor) -> Tensor:
         """(B, L) attention scores before masking.
@@ -42,6 +49,8 @@ class Din(nn.Module):
         matrix has rows, computed from [h, t * h]. PReLU with slope s is
         s x + (1 - s) relu(x), of which the second layer takes the parts: torch's own PReLU is several times slower.
         """
+        if len(behaviors) == 1:
+            return self._relevance_of_shared(target, behaviors[0])
         of_target, of_behavior, of_difference, of_product = self.first.weight.chunk(4, dim=1)  # (hidden, d) each
         constant = linear(target, of_target + of_difference, self.first.bias)  # (B, hidden)
         if behaviors.shape[1] < len(of_behavior):
@@ -53,3 +62,21 @@ class Din(nn.Module):
         slope, weight = self.activation.weight, self.second.weight
         scores = linear(hidden, slope * weight) + linear(hidden.relu(), (1.0 - slope) * weight, self.second.bias)
         return scores.squeeze(-1)
+
+    def _relevance_of_shared(self, target: Tensor, behaviors: Tensor) -> Tensor:
+        """`relevance` (B, L) of behaviors (L, d) that all targets have, by the same equation the other way round: one matrix
+        for each behavior, (W1 + W3) + W4 diag(h), and all of them are one. The part of the answer that is linear in the
+        hidden units needs none of them; a few targets at a time keep the others in the processor's cache.
+        """
+        of_target, of_behavior, of_difference, of_product = self.first.weight.chunk(4, dim=1)
+        constant = linear(behaviors, of_behavior - of_difference, self.first.bias)  # (L, hidden)
+        per_behavior = behaviors.t().unsqueeze(2) * of_product.t().unsqueeze(1)  # (d, L, hidden)
+        per_behavior = per_behavior + (of_target + of_difference).t().unsqueeze(1)
+        slope, weight = self.activation.weight, self.second.weight.squeeze(0)
+        straight = torch.addmm(constant @ (slope * weight) + self.second.bias, target, per_behavior @ (slope * weight))
+        constant, per_behavior = constant.flatten(), per_behavior.flatten(1)
+        bent = [
+            torch.addmm(constant, some, per_behavior).relu_().view(len(some), len(behaviors), -1) @ weight
+            for some in target.split(max(1, _CACHED // len(constant)))
+        ]
+        return straight + (1.0 - slope) * torch.cat(bent)

@@ -29,6 +29,8 @@ class Backbone(nn.Module):
 
     Attributes:
         width: of the interest.
+        shares_behaviors: `forward` takes one row of behaviors, mask, ages and cross features for all targets, (1, L, …), as a
+            ranking request has them. Without this attribute it is given repeated views.
     """
 
     width: int
@@ -39,6 +41,15 @@ class Backbone(nn.Module):
         Behaviors are oldest first and padded on the right.
         """
         raise NotImplementedError
+
+
+@runtime_checkable
+class WithAttention(Protocol):
+    """A backbone that weighs single behaviors can say how: this method explains what `forward` does."""
+
+    def explain(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
+        """a_t,i of Eq. 1 for each of H heads, (B, H, L); 0 for behaviors that were not looked at. Arguments as of `forward`."""
+        ...
 
 
 @runtime_checkable

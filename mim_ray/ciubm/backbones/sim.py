@@ -34,6 +34,8 @@ _FEW = (
 class Sim(nn.Module):
     """h_B^ID = [long-term interest; short-term interest]."""
 
+    shares_behaviors = True
+
     def __init__(
         self,
         id_width: int,
@@ -83,6 +85,17 @@ class Sim(nn.Module):
         long_term = self._long_term(target, behaviors, behavior_mask, side, scores)
         return torch.cat([long_term, short_term], dim=-1), loss
 
+    def explain(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
+        """Of the long-term part: each head's softmax over what was found, (B, H, L); 0 for what was not."""
+        if self.search is None:
+            found = among_newest(behavior_mask & side.same_category, self.num_searched)
+        else:
+            scores = self.search.scores(target, behaviors)
+            found = as_mask(*best(scores, behavior_mask, self.num_searched, in_order=False), behaviors.shape[1])
+        if self.gaps is not None:
+            behaviors = torch.cat([behaviors, self.gaps(gap_bucket(side.age_s))], dim=-1)
+        return self.exact.weights(target, behaviors, found, side.content)
+
     def _long_term(self, target: Tensor, behaviors: Tensor, mask: Tensor, side: Side, scores: Tensor | None) -> Tensor:
         length = behaviors.shape[1]
         masked = length <= _FEW * self.num_searched and self.gaps is None
@@ -126,6 +139,8 @@ class SoftSearch(nn.Module):
 
     def _scores(self, projected: Tensor, behaviors: Tensor) -> Tensor:
         query = projected @ self.of_behavior.weight / math.sqrt(projected.shape[1])  # (B, d): W_b moved to the target
+        if len(behaviors) == 1:
+            return query @ behaviors[0].t()
         return torch.bmm(behaviors, query.unsqueeze(-1)).squeeze(-1)
 
 
@@ -136,5 +151,5 @@ def _newest_of(behaviors: Tensor, mask: Tensor, side: Side, count: int) -> tuple
         return behaviors, mask, side
     start = (mask.sum(dim=1, keepdim=True) - count).clamp_min(0)
     index = start + torch.arange(count, device=mask.device)
-    of_these = [None if values is None else take(values, index) for values in side]
+    of_these = [None if values is None else take(values, index.expand(len(values), -1)) for values in side]
     return take(behaviors, index), take(mask, index), Side(*of_these)  # type: ignore[arg-type]

@@ -14,7 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mim_ray.ciubm.backbones.attention import TargetAttention, as_mask, attend, best, masked_softmax, take
+from mim_ray.ciubm.backbones.attention import (
+    TargetAttention,
+    as_mask,
+    attend,
+    best,
+    masked_softmax,
+    products,
+    take,
+    weighted,
+)
 from mim_ray.ciubm.backbones.face import Side
 from mim_ray.ciubm.backbones.gaps import NUM_GAPS, gap_bucket
 
@@ -23,6 +32,8 @@ _GAP_WIDTH = 8
 
 class Twin(nn.Module):
     """h_B^ID = the joined heads of the exact search unit."""
+
+    shares_behaviors = True
 
     def __init__(
         self,
@@ -49,7 +60,7 @@ class Twin(nn.Module):
         length = behaviors.shape[1]
         if length > self.num_searched:
             with torch.no_grad():
-                scores = self._scores(torch.bmm(query, behaviors.transpose(1, 2)), cross, content)
+                scores = self._scores(products(query, behaviors), cross, content)
                 # (B, H, K): each head keeps its own
                 index, found_mask = best(scores, mask, self.num_searched, in_order=False)
         if length > self.num_searched * query.shape[1]:
@@ -57,26 +68,35 @@ class Twin(nn.Module):
             behaviors = take(behaviors, index)  # (B, H, K, d)
             cross = None if cross is None else take(cross, index)
             content = None if content is None else take(content, index)
-            products = torch.matmul(behaviors, query.unsqueeze(-1)).squeeze(-1)  # (B, H, K)
+            found = torch.matmul(behaviors, query.unsqueeze(-1)).squeeze(-1)  # (B, H, K)
         else:  # what all heads found is more than the history: mask the rest instead of copying
             if length > self.num_searched:
                 mask = as_mask(index, found_mask, length)  # (B, H, L)
             if cross is None and content is None:
                 return self.attention.joined(attend(query, behaviors, mask))
-            products = torch.bmm(query, behaviors.transpose(1, 2))
-        relevance = masked_softmax(self._scores(products, cross, content), mask)
+            found = products(query, behaviors)
+        relevance = masked_softmax(self._scores(found, cross, content), mask)
         parts = [_weighted(relevance, values) for values in (behaviors, cross) if values is not None]
         return self.attention.joined(torch.cat(parts, dim=-1))
 
-    def _scores(self, products: Tensor, cross: Tensor | None, content: Tensor | None) -> Tensor:
+    def explain(self, target: Tensor, behaviors: Tensor, behavior_mask: Tensor, side: Side) -> Tensor:
+        """Each head's softmax over what it found, (B, H, L); 0 for what it did not."""
+        mask, length = behavior_mask.unsqueeze(1), behaviors.shape[1]
+        query = self.attention.query(target)
+        scores = self._scores(products(query, behaviors), self._cross(side), side.content)
+        if length > self.num_searched:
+            mask = as_mask(*best(scores, mask, self.num_searched, in_order=False), length)
+        return masked_softmax(scores, mask)
+
+    def _scores(self, scores: Tensor, cross: Tensor | None, content: Tensor | None) -> Tensor:
         """Scaled products of query and key (B, H, K), and the heads' biases -> (B, H, K)."""
         if self.bias is not None:
             assert cross is not None
             if cross.dim() == 3:
-                products = products + self.bias(cross).transpose(1, 2)
+                scores = scores + self.bias(cross).transpose(1, 2)
             else:  # (B, H, K, c): each head's own weights on what it found
-                products = products + torch.matmul(cross, self.bias.weight.unsqueeze(-1)).squeeze(-1)
-        return products if self.attention.content is None else self.attention.content(products, content)
+                scores = scores + torch.matmul(cross, self.bias.weight.unsqueeze(-1)).squeeze(-1)
+        return scores if self.attention.content is None else self.attention.content(scores, content)
 
     def _cross(self, side: Side) -> Tensor | None:
         """(B, L, c) cross features, with the embedded time gap as the last of them."""
@@ -95,5 +115,5 @@ class Twin(nn.Module):
 def _weighted(relevance: Tensor, values: Tensor) -> Tensor:
     """(B, H, K) and (B, K, e) or (B, H, K, e) -> (B, H, e)."""
     if values.dim() == 3:
-        return torch.bmm(relevance, values)
+        return weighted(relevance, values)
     return torch.matmul(relevance.unsqueeze(2), values).squeeze(2)

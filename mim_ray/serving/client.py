@@ -1,0 +1,239 @@
+"""A small client of the serving apps: one retry within a deadline, so that a killed replica is no failed page.
+
+    client = Client("http://127.0.0.1:8000", key="…", deadline_s=0.5)
+    answer = client.rank("u17", ["i3", "i1", "i2"], top_k=2)
+    client.events([{"user_id": "u17", "item_id": "i1", "event": "click", "request_id": answer["request_id"]}])
+
+Standard library only. Thread-safe: each thread has a connection of its own, which stays open. What may be tried again: a
+connection that breaks or is refused, and 5xx answers. Asking twice is harmless: rankings change nothing, events carry an
+Idempotency-Key, the same item's content is encoded once.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import random
+import socket
+import ssl
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+from mim_ray.errors import ConfigError, RequestError, UnavailableError
+
+MAX_ANSWER_BYTES = 64 * 2**20
+BACKOFF_S = 0.02  # before the second try, where the server names no time
+_STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
+
+
+class Client:
+    """
+    Args:
+        base_url: of both apps, such as https://ranking.shop. key: an API key.
+        deadline_s: in which a call answers or raises, the retry included.
+
+    Raises:
+        ConfigError: the URL is none.
+    """
+
+    def __init__(self, base_url: str, key: str | None = None, *, deadline_s: float = 2.0) -> None:
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{base_url!r} is no address of a server. Give it as http://HOST:PORT or https://HOST.")
+        if deadline_s <= 0:
+            raise ConfigError(f"deadline_s = {deadline_s} leaves no time. Give a positive number of seconds.")
+        self._host, self._port = parts.hostname, parts.port
+        self._prefix = parts.path.rstrip("/")
+        self._headers = {"Accept": "application/json", "User-Agent": "mim_ray"}
+        if key is not None:
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._deadline_s = deadline_s
+        self._of_thread = threading.local()
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+
+    def rank(self, user_id: str, candidates: Sequence[str], **more: Any) -> dict[str, Any]:
+        """POST /v1/rank.
+
+        Args:
+            more: other fields of the request, such as top_k, context, behaviors.
+
+        Raises:
+            RequestError: the server refuses this request, with its sentence and status.
+            UnavailableError: no answer within the deadline.
+        """
+        return self._call("POST", "/v1/rank", {"user_id": user_id, "candidates": list(candidates), **more})
+
+    def items(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """POST /v1/items. `image` may be bytes. Raises as `rank`."""
+        encoded = [
+            {
+                name: base64.b64encode(value).decode() if isinstance(value, bytes) else _plain(value)
+                for name, value in item.items()
+            }
+            for item in items
+        ]
+        return self._call("POST", "/v1/items", {"items": encoded}, idempotency_key=uuid.uuid4().hex)
+
+    def events(self, events: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None) -> dict[str, Any]:
+        """POST /v1/events. `timestamp` may be a datetime with a time zone. Raises as `rank`.
+
+        Args:
+            idempotency_key: of these events; when this call raises UnavailableError, call again with the same key until it
+                answers, and they count once. Default: a new one.
+        """
+        plain = [{name: _plain(value) for name, value in event.items()} for event in events]
+        return self._call("POST", "/v1/events", {"events": plain}, idempotency_key=idempotency_key or uuid.uuid4().hex)
+
+    def similar(self, item_id: str, **more: Any) -> dict[str, Any]:
+        """GET /v1/similar/{item_id}. Raises as `rank`.
+
+        Args:
+            more: top_k, category.
+        """
+        given = {name: value for name, value in more.items() if value is not None}
+        path = f"/v1/similar/{quote(item_id, safe='')}"
+        return self._call("GET", f"{path}?{urlencode(given)}" if given else path, None)
+
+    def close(self) -> None:
+        """Close this thread's connection."""
+        connection = getattr(self._of_thread, "connection", None)
+        if connection is not None:
+            connection.close()
+            self._of_thread.connection = None
+
+    def _call(self, method: str, path: str, body: Any, idempotency_key: str | None = None) -> dict[str, Any]:
+        content = None if body is None else json.dumps(body, allow_nan=False).encode()
+        headers = dict(self._headers)
+        if content is not None:
+            headers["Content-Type"] = "application/json"
+        if idempotency_key is not None:
+            headers["Idempotency-Key"] = idempotency_key
+        deadline = time.monotonic() + self._deadline_s
+        wait_s, problem = 0.0, ""
+        for attempt in range(2):
+            if time.monotonic() + wait_s >= deadline:
+                break
+            time.sleep(wait_s)
+            try:
+                status, answer_headers, answer = self._exchange(method, path, content, headers, deadline)
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                problem = f"{type(error).__name__}: {error}"
+                wait_s = BACKOFF_S * random.uniform(0.5, 1.5)
+                continue
+            if status < 500:
+                return _answer(status, answer)
+            problem = f"{status}: {_sentence(answer)}"
+            named = _retry_after(answer_headers.get("Retry-After")) if attempt == 0 else None
+            wait_s = BACKOFF_S * random.uniform(0.5, 1.5) if named is None else named
+        raise UnavailableError(
+            f"{method} {path.partition('?')[0].split('/similar/')[0]} of {self._host} was not answered within "
+            f"{self._deadline_s:g} s ({problem or 'no time was left'}). Try again, or go on without."
+        )
+
+    def _exchange(
+        self, method: str, path: str, content: bytes | None, headers: dict[str, str], deadline: float
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """One question and its answer. A kept connection that the server closed meanwhile is replaced: that is no try."""
+        connection = getattr(self._of_thread, "connection", None)
+        if connection is not None:
+            try:
+                return self._on(connection, method, path, content, headers, deadline)
+            except _STALE:
+                self.close()
+        timeout = _left(deadline)
+        if self._tls is None:
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout)
+        else:
+            connection = http.client.HTTPSConnection(self._host, self._port, timeout=timeout, context=self._tls)
+        connection.connect()
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._of_thread.connection = connection
+        return self._on(connection, method, path, content, headers, deadline)
+
+    def _on(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        content: bytes | None,
+        headers: dict[str, str],
+        deadline: float,
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        sock = connection.sock
+        sock.settimeout(_left(deadline))
+        connection.request(method, self._prefix + path, content, headers)
+        sock.settimeout(_left(deadline))
+        response = connection.getresponse()
+        parts, num_bytes = [], 0
+        while not response.isclosed() and response.length != 0:
+            sock.settimeout(_left(deadline))  # also where the answer comes drop by drop
+            part = response.read1(2**16)
+            if not part:
+                break
+            parts.append(part)
+            num_bytes += len(part)
+            if num_bytes > MAX_ANSWER_BYTES:
+                raise http.client.HTTPException(f"an answer of more than {MAX_ANSWER_BYTES:,} bytes")
+        if response.length:
+            raise http.client.IncompleteRead(b"".join(parts), response.length)
+        response.close()  # of the answer alone: the connection can be used again
+        if response.will_close:
+            self.close()
+        return response.status, response.headers, b"".join(parts)
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("the deadline is over")
+    return left
+
+
+def _answer(status: int, content: bytes) -> dict[str, Any]:
+    if status >= 300:
+        raise RequestError(_sentence(content), status)
+    try:
+        answer = json.loads(content)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise UnavailableError(f"The server answered {status} with no JSON object; is this address that of the apps?")
+    return answer
+
+
+def _sentence(content: bytes) -> str:
+    """What the server says is wrong."""
+    try:
+        told = json.loads(content)
+    except ValueError:
+        told = None
+    if isinstance(told, dict) and isinstance(told.get("error"), str):
+        return str(told["error"])
+    return content[:200].decode("utf-8", "replace") or "no reason was given"
+
+
+def _retry_after(text: str | None) -> float | None:
+    """Seconds to wait; None where the server names none that can be read."""
+    if text is None:
+        return None
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        pass
+    try:
+        at = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+
+
+def _plain(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, datetime) else value

@@ -1,0 +1,224 @@
+"""Nearest items in MM space: a snapshot's index (nearest_rows.py), and the items that came since, compared one by one.
+
+    similar = SimilarItems(lambda: rollout.current, exact_rows=50_000, recall=0.95)
+    similar.start()                                  # builds the index in a thread; until then: UnavailableError
+    similar.of_item("i3", top_k=10).items            # [Neighbor(item_id, similarity, category), …]
+    similar.of_vector(vector, 10, encoder_version, category="mugs")
+
+Items that were replaced or deleted since the snapshot are left out of the index's answers. When another release serves, its
+index is built while the one before still answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from mim_ray.ciubm.vocabulary import ItemIndex
+from mim_ray.data.ids import Ids
+from mim_ray.errors import ConfigError, RequestError, UnavailableError
+from mim_ray.representation_center.parameter_store import ParameterStore
+from mim_ray.serving.loaded import Loaded, LocalRows
+from mim_ray.serving.nearest_rows import NearestRows
+from mim_ray.serving.newer_items import NewerItems
+
+logger = logging.getLogger("ray.serve")
+FOLLOW_EVERY_S = 1.0  # how often new items are looked for, where the ranker itself leaves that to parameter machines
+LOOK_AGAIN_S = 0.1  # for an item that is not known; so often at most
+_LOOK_EVERY_S = 1.0  # whether another release serves
+_NICENESS = 10  # of the thread that builds: requests come first
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """An item near another: cosine in [-1, 1], and its category where that is known."""
+
+    item_id: str
+    similarity: float
+    category: str | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Highest cosine first, and the version of the embeddings that were compared."""
+
+    items: list[Neighbor]
+    encoder_version: str
+
+
+class SimilarItems:
+    """Searches what is served.
+
+    Args:
+        current: the release that serves now.
+        exact_rows, recall: as of `NearestRows.open`.
+    """
+
+    def __init__(self, current: Callable[[], Loaded], *, exact_rows: int, recall: float) -> None:
+        self._current = current
+        self._exact_rows, self._recall = exact_rows, recall
+        self._searched: _Searched | None = None
+        self._cannot: ConfigError | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def recall(self) -> float:
+        """Share of the true nearest items that is found, measured when the index was built; 0 until it is there."""
+        searched = self._searched
+        return 0.0 if searched is None else searched.nearest.recall
+
+    def start(self) -> None:
+        """Build the index in a thread, and again when another release serves."""
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="similar-items")
+        self._thread.start()
+
+    def stop(self) -> None:
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+        if self._searched is not None:
+            self._searched.close()
+
+    def refresh(self) -> None:
+        """Build, or map, the index of what is served, if that is another release than before.
+
+        Raises:
+            ConfigError: FAISS is not installed. ArtifactError: the snapshot is missing or damaged.
+        """
+        loaded, before = self._current(), self._searched
+        if before is None or before.loaded is not loaded:
+            self._searched = _Searched.open(loaded, self._exact_rows, self._recall)
+            if before is not None:
+                before.close()
+
+    def of_item(self, item_id: str, top_k: int, *, category: str | None = None) -> Found:
+        """The nearest other items.
+
+        Raises:
+            RequestError: (404) an unknown item; (409) one without content.
+            UnavailableError: the index is being built. ConfigError: FAISS is not installed.
+        """
+        searched = self._now()
+        vector = searched.vector(item_id)
+        near = searched.near(vector, top_k + 1, category)
+        return Found([one for one in near if one.item_id != item_id][:top_k], searched.store.encoder_version)
+
+    def of_vector(self, vector: np.ndarray, top_k: int, encoder_version: str, *, category: str | None = None) -> Found:
+        """The items nearest to a (D,) vector that this encoder version made.
+
+        Raises:
+            UnavailableError: the index is being built, or is another version's. ConfigError: FAISS is not installed.
+        """
+        searched = self._now()
+        version = searched.store.encoder_version
+        if version != encoder_version:
+            raise UnavailableError(
+                f"The encoder is {encoder_version} and the items were embedded by {version}: a release is being rolled out. "
+                "Try again."
+            )
+        return Found(searched.near(vector, top_k, category), version)
+
+    def _now(self) -> _Searched:
+        searched = self._searched
+        if searched is not None:
+            return searched
+        if self._cannot is not None:
+            raise self._cannot
+        raise UnavailableError("The index of similar items is being built. Try again in a few seconds.")
+
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)  # Linux: of this thread alone
+        while True:
+            try:
+                self.refresh()
+            except ConfigError as error:
+                self._cannot = error
+                logger.warning("%s", error)
+                return
+            except Exception:  # a full disk, storage away: rankings go on, and it is tried again
+                logger.exception("the index of similar items could not be built; it is tried again")
+            if self._stop.wait(_LOOK_EVERY_S):
+                return
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """One release, open for searching.
+
+    Attributes:
+        store: its embeddings; the ranker's own, or one opened for this where the ranker has none (`owned`).
+        category: (N,) the catalogue's row of each item's category, 0 without one.
+    """
+
+    loaded: Loaded
+    store: ParameterStore
+    owned: bool
+    nearest: NearestRows
+    newer: NewerItems
+    category: np.ndarray
+
+    @classmethod
+    def open(cls, loaded: Loaded, exact_rows: int, recall: float) -> _Searched:
+        served, owned = loaded.served, not isinstance(loaded.rows, LocalRows)
+        if isinstance(loaded.rows, LocalRows):
+            store = loaded.rows.store
+        else:
+            store = ParameterStore(served.snapshot, table=f"{served.center}/table", window=f"{served.center}/window")
+        snapshot, items = store.lookup.snapshot, loaded.model.items
+        nearest = NearestRows.open(snapshot, exact_rows=exact_rows, recall=recall)
+        newer = NewerItems(store.lookup.overlay, snapshot, lambda ids: _names(items, _category_rows(items, ids)))
+        if owned:
+            store.start(every_s=FOLLOW_EVERY_S)
+        return cls(loaded, store, owned, nearest, newer, _category_rows(items, snapshot.ids))
+
+    def close(self) -> None:
+        if self.owned:
+            self.store.stop()
+
+    def vector(self, item_id: str) -> np.ndarray:
+        """(D,). Raises: RequestError as `SimilarItems.of_item`."""
+        lookup = self.store.lookup
+        found = lookup.get([item_id])
+        if not found.found[0] and lookup.behind_s > LOOK_AGAIN_S:  # posted a moment ago?
+            lookup.refresh()
+            found = lookup.get([item_id])
+        if found.matrix[0].any():
+            return np.asarray(found.matrix[0])
+        if found.found[0] or self.loaded.model.items.vocabulary.encode([item_id])[0]:
+            raise RequestError(
+                "This item has no embedding: neither its image nor its title could be used, or it was deleted. Post it to "
+                "/v1/items with one of them.",
+                409,
+            )
+        raise RequestError("There is no item with this id. Check it, or post the item to /v1/items.", 404)
+
+    def near(self, vector: np.ndarray, top_k: int, category: str | None) -> list[Neighbor]:
+        self.newer.refresh()
+        items, hidden = self.loaded.model.items, self.newer.hidden
+        allowed = None if hidden is None else ~hidden  # (N,)
+        if category is not None:
+            names = list(items.categories)
+            row = names.index(category) + 1 if category in names else -1
+            allowed = (self.category == row) & (True if allowed is None else allowed)
+        rows, cosines = self.nearest.search(vector, top_k, allowed=allowed)
+        ids = self.nearest.snapshot.ids.take(pa.array(rows)).to_pylist()
+        found = list(zip(ids, cosines.tolist(), _names(items, self.category[rows]), strict=True))
+        found += self.newer.nearest(vector, top_k, category)
+        found.sort(key=lambda one: -one[1])
+        return [Neighbor(*one) for one in found[:top_k]]
+
+
+def _category_rows(items: ItemIndex, ids: Ids) -> np.ndarray:
+    return items.category[items.vocabulary.encode(ids)]
+
+
+def _names(items: ItemIndex, rows: np.ndarray) -> Sequence[str | None]:
+    return [items.categories[row - 1] if row else None for row in rows.tolist()]

@@ -1,0 +1,145 @@
+"""A/B tests online: who is in which arm, what ranks for them, and what is logged of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from mim_ray.config import load_scenario
+from mim_ray.config.scenario import Arm
+from mim_ray.errors import ArtifactError, ConfigError
+from mim_ray.representation_center.release import promote
+from mim_ray.serving.exposures import exposure_log, user_hash
+from mim_ray.serving.ranker import RankingService, bind_ranking, ranking_api
+from mim_ray.serving.served import Served
+from mim_ray.serving.traffic import Traffic, arm_of, arms_of
+
+USERS = [f"user-{number}" for number in range(20_000)]
+
+
+def test_users_are_split_by_weight_and_stay_where_they_are():
+    weights = {"a": 1.0, "b": 2.0, "c": 1.0}
+    arms = [arm_of(user, "exp", weights) for user in USERS]
+    assert arms == [arm_of(user, "exp", weights) for user in USERS]
+    shares = {name: count / len(USERS) for name, count in Counter(arms).items()}
+    assert shares == pytest.approx({"a": 0.25, "b": 0.5, "c": 0.25}, abs=0.01)  # 3 sigma
+    assert [arm_of(user, "exp", {"a": 10, "b": 20, "c": 10}) for user in USERS] == arms
+
+
+def test_two_experiments_have_nothing_to_do_with_each_other():
+    weights = {"a": 1.0, "b": 1.0}
+    one = np.array([arm_of(user, "one", weights) == "a" for user in USERS])
+    two = np.array([arm_of(user, "two", weights) == "a" for user in USERS])
+    assert abs(np.corrcoef(one, two)[0, 1]) < 0.03
+
+
+def test_without_arms_nobody_is_in_one():
+    assert arm_of("u", "exp", {}) is None
+
+
+def test_an_arm_does_not_depend_on_what_the_user_hash_of_exposures_says():
+    weights = {"a": 1.0, "b": 1.0}
+    low = np.array([int(user_hash(user)[:16], 16) % 1024 < 512 for user in USERS])
+    arm = np.array([arm_of(user, "exp", weights) == "a" for user in USERS])
+    assert abs(np.corrcoef(low, arm)[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["serving.arms={a: {weight: 0}}", "serving.arms={a: {variant: din-mim, release: 1}}", "serving.arms={'': {}}",
+     "serving.arms={'a b': {}}", "serving.arms={a: {variant: none}}"],
+)  # fmt: skip
+def test_arms_that_cannot_be_are_refused(setting):
+    with pytest.raises(ConfigError):
+        load_scenario("tiny", [setting])
+
+
+def test_arms_are_set_on_the_command_line_and_keep_their_order():
+    arms = load_scenario("tiny", ["serving.arms={mim: {weight: 0.9}, control: {variant: din-base}}"]).serving.arms
+    assert list(arms) == ["mim", "control"]
+    assert arms["control"] == Arm(variant="din-base")
+
+
+@pytest.fixture
+def experiment(small_run):
+    """The run with a second CTR model, and an A/B test of it."""
+    served = Served.of(small_run.scenario)
+    second = small_run.root / "ctr" / "din-mim"
+    second.mkdir()
+    for path in (small_run.root / "ctr" / "sim-mim").iterdir():
+        (second / path.name).symlink_to(path)
+    info = (second / "ctr.json").read_text()
+    (second / "ctr.json").unlink()
+    (second / "ctr.json").write_text(info.replace('"seeds": [\n  0\n ]', '"seeds": [\n  0\n ],\n "note": "other"'))
+    arms = {"control": Arm(), "other": Arm(variant="din-mim")}
+    serving = small_run.scenario.serving.model_copy(update={"arms": arms, "exposed_items": 2})
+    return small_run.scenario.model_copy(update={"serving": serving}), served
+
+
+def test_each_user_gets_the_answer_of_their_arm_and_its_exposures_are_logged(experiment, monkeypatch):
+    scenario, served = experiment
+    serving = scenario.serving
+    everybody = RankingService.open(served, serving)
+    opened = []
+
+    def other(served: Served) -> RankingService:
+        opened.append(RankingService.open(served, serving, behaviors=everybody.behaviors))
+        return opened[-1]
+
+    traffic = Traffic.open(serving, served, arms_of(scenario, served), other)
+    client = TestClient(ranking_api(everybody, serving, traffic), raise_server_exceptions=False)
+    versions = {}
+    for user in ("u1", "u2", "u3", "u4", "u5", "u6"):
+        answer = client.post("/v1/rank", json={"user_id": user, "candidates": ["i1", "i2", "i3"]}).json()
+        assert answer["arm"] == arm_of(user, "default", {"control": 1.0, "other": 1.0})
+        versions.setdefault(answer["arm"], set()).add(answer["model_version"])
+    assert versions["control"] == {everybody.model_version}
+    assert versions["other"] == {opened[-1].model_version}
+    assert versions["control"] != versions["other"]
+    traffic.exposures.stop()
+    rows = exposure_log(served.center).read().to_pylist()
+    assert len(rows) == 6 * 2
+    assert {row["position"] for row in rows} == {1, 2}
+    assert {row["user_hash"]: row["arm"] for row in rows} == {
+        user_hash(f"u{number}"): arm_of(f"u{number}", "default", {"control": 1.0, "other": 1.0})
+        for number in range(1, 7)
+    }
+    assert not any("u1" in str(row) for row in rows), "no user id"
+    client.post("/v1/events", json={"user_id": "u1", "item_id": "i9", "event": "click"})
+    for service in (everybody, *opened):
+        assert service.behaviors.history("u1")[0][-1] == "i9", "all arms know what was just posted"
+        service.embeddings.stop()
+    everybody.behaviors.stop()
+
+
+def test_an_arm_may_be_a_release_and_one_that_is_not_there_is_refused(small_run):
+    served = Served.of(small_run.scenario)
+    ctr = f"{small_run.root}/ctr/sim-mim"
+    version = RankingService.open(served, small_run.scenario.serving).model.encoder_version
+    promote(served.center, encoder_version=version, snapshot=served.snapshot, ctr_model=ctr)
+    promote(served.center, encoder_version=version, snapshot=served.snapshot, ctr_model=ctr)
+    of = lambda number: small_run.scenario.model_copy(  # noqa: E731
+        update={"serving": small_run.scenario.serving.model_copy(update={"arms": {"old": Arm(release=number)}})}
+    )
+    assert arms_of(of(1), Served.of(of(1)))["old"].release == 1
+    with pytest.raises(ArtifactError, match="no release 3"):
+        arms_of(of(3), Served.of(of(3)))
+
+
+def test_an_experiment_with_a_model_that_is_not_there_does_not_start(small_run):
+    serving = small_run.scenario.serving.model_copy(update={"arms": {"a": Arm(variant="din-base")}})
+    with pytest.raises(ArtifactError):
+        bind_ranking(small_run.scenario.model_copy(update={"serving": serving}))
+
+
+def test_without_arms_nothing_is_logged_unless_it_is_wanted(small_run):
+    served = Served.of(small_run.scenario)
+    serving = small_run.scenario.serving
+    assert Traffic.open(serving, served, {}, None).exposures is None
+    wanted = Traffic.open(serving.model_copy(update={"log_exposures": True}), served, {}, None)
+    assert wanted.exposures is not None
+    assert wanted.arm_of("u1") is None
+    wanted.exposures.stop()
