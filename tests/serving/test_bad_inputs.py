@@ -12,6 +12,7 @@ import logging
 import struct
 import sys
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -271,24 +272,23 @@ STRANGE_IDS = {
 
 
 @pytest.fixture
-def opened_files() -> list[str]:
+def opened_files() -> Iterator[list[str]]:
     """Names of the files that this process opens, makes or renames during the test."""
     names: list[str] = []
+    if not HOOK:
+        sys.addaudithook(_keep)  # there is no way to take it away; it does nothing outside of this fixture
     HOOK["names"] = names
     yield names
     HOOK["names"] = None
 
 
-HOOK: dict[str, list[str] | None] = {"names": None}
+HOOK: dict[str, list[str] | None] = {}
 
 
 def _keep(event: str, arguments: tuple) -> None:
     names = HOOK["names"]
     if names is not None and event in ("open", "os.mkdir", "os.rename", "os.remove", "os.listdir", "os.scandir"):
         names.extend(str(argument) for argument in arguments[:2])
-
-
-sys.addaudithook(_keep)  # there is no way to take it away; it does nothing outside of opened_files
 
 
 @pytest.mark.parametrize("name", STRANGE_IDS)
