@@ -21,6 +21,7 @@ from typing import Any
 
 import ray
 from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.samples import Sample
@@ -206,7 +207,7 @@ class _RayMetrics:
 def add_metrics_routes(app: FastAPI, metrics: Metrics, *, path: str = "/metrics") -> None:
     """`path` answers for all processes where a `Reporter` runs; else, or when the actor is away, for this one."""
 
-    @app.get(path, response_class=Response)
+    @app.get(path, response_class=PlainTextResponse)
     def read_metrics() -> Response:
         """Metrics of all replicas, in Prometheus' text format."""
         try:
