@@ -76,7 +76,7 @@ class Replica:
     def kill(self) -> None:
         assert self._process.poll() is None, "it ended by itself"
         self._process.kill()
-        assert self._process.wait(10) == -9, "it was not killed"
+        assert self._process.wait(60) == -9, "it was not killed"
         assert self._process.stdout is not None
         self._process.stdout.close()
 
@@ -104,7 +104,7 @@ class Shopper(threading.Thread):
                 try:
                     url = replica.url
                     answers.append(self._post(f"{url}/v1/events", item))
-                    with urllib.request.urlopen(f"{url}/history/{self.user}", timeout=10) as answer:
+                    with urllib.request.urlopen(f"{url}/history/{self.user}", timeout=30) as answer:
                         if item not in json.load(answer):
                             self.problems.append(f"{item} is not in its user's history")
                 except (OSError, ValueError):  # refused, reset, cut off
@@ -117,7 +117,7 @@ class Shopper(threading.Thread):
     def _post(self, url: str, item: str) -> dict:
         body = json.dumps({"user_id": self.user, "item_id": item, "event": "click"}).encode()
         headers = {"Content-Type": "application/json", "Idempotency-Key": item}
-        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=10) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=30) as answer:
             assert answer.status == 200
             return json.load(answer)
 
@@ -132,7 +132,7 @@ def kill_replicas(center: str, kills: int, num_replicas: int, num_shoppers: int)
     try:
         for _ in range(kills):
             before = sum(len(shopper.acknowledged) for shopper in shoppers)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 180
             while sum(len(shopper.acknowledged) for shopper in shoppers) < before + 20:
                 assert time.monotonic() < deadline, "nothing is acknowledged any more"
                 time.sleep(0.01)
@@ -143,7 +143,7 @@ def kill_replicas(center: str, kills: int, num_replicas: int, num_shoppers: int)
     finally:
         stop.set()
         for shopper in shoppers:
-            shopper.join(60)
+            shopper.join(120)
         for replica in replicas:
             replica.kill()
     assert not any(shopper.is_alive() for shopper in shoppers)

@@ -110,19 +110,19 @@ def test_a_slow_store_never_delays_an_answer(tmp_path, monkeypatch):
 
     def slow(*_):
         began.set()
-        release.wait(10)
+        release.wait(60)
 
     monkeypatch.setattr("mim_ray.representation_center.window_folder.write_segment", slow)
     exposures = Exposures(exposure_log(str(tmp_path)))
     exposures.add(shown("r0", "x"))
     writer = threading.Thread(target=exposures.write)
     writer.start()
-    assert began.wait(10)
+    assert began.wait(60)
     for number in range(100):
         exposures.add(shown(f"r{number}", "x"))  # returns although the store does not
     assert writer.is_alive()
     release.set()
-    writer.join(10)
+    writer.join(60)
     assert exposures.num_logged == 101
 
 
@@ -130,7 +130,7 @@ def test_an_open_one_writes_by_itself_and_the_rest_when_it_goes(tmp_path, monkey
     monkeypatch.setattr(module, "EVERY_S", 0.02)
     exposures = Exposures.open(str(tmp_path), Serving())
     exposures.add(shown("r1", "x"))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not logged(tmp_path):
         assert time.monotonic() < deadline, "it does not write"
         time.sleep(0.01)
@@ -138,7 +138,7 @@ def test_an_open_one_writes_by_itself_and_the_rest_when_it_goes(tmp_path, monkey
     exposures.add(shown("r2", "x"))
     del exposures
     gc.collect()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(logged(tmp_path)) < 2:
         assert time.monotonic() < deadline, "it does not write the rest"
         time.sleep(0.01)
@@ -152,5 +152,5 @@ from mim_ray.serving.exposures import Exposures, shown_now
 exposures = Exposures.open(sys.argv[1], Serving())
 exposures.add(shown_now("r1", "u", None, "m", ["x"], 5))
 """
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=180)
     assert [row["request_id"] for row in logged(tmp_path)] == ["r1"]
