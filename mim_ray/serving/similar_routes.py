@@ -85,8 +85,8 @@ def add_similar_routes(app: FastAPI, similar: SimilarItems | None, embed: Embed 
         embed: makes a query's vector. Default: the new-item encoder app that runs beside this one.
     """
     embed = encoder_app() if embed is None else embed
-    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 422, 501, 503)}
-    also: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (404, 409)}
+    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 404, 422, 503)}
+    also: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (409,)}
 
     @app.get("/v1/similar/{item_id:path}", responses=problems | also)
     def similar_items(
@@ -139,7 +139,7 @@ def encoder_app(name: str = ENCODER_APP, deadline_s: float = ENCODER_DEADLINE_S)
 
 def _asked(similar: SimilarItems | None) -> SimilarItems:
     if similar is None:
-        raise HTTPException(501, "Similar items are switched off here. Start the app with serving.similar_items=true.")
+        raise HTTPException(404, "Similar items are switched off here. Start the app with serving.similar_items=true.")
     return similar
 
 
@@ -149,7 +149,7 @@ def _answer(search: Callable[[], Found]) -> SimilarResponse:
     except UnavailableError as error:
         raise _later(error) from None
     except ConfigError as error:  # FAISS is missing
-        raise HTTPException(501, str(error)) from None
+        raise HTTPException(404, str(error)) from None
     items = [SimilarItem(item_id=one.item_id, similarity=one.similarity, category=one.category) for one in found.items]
     return SimilarResponse(items=items, encoder_version=found.encoder_version)
 
