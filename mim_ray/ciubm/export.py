@@ -113,13 +113,15 @@ class Ranker:
     ) -> Request:
         """What `score` is asked, as rows of this model's tables; its arguments."""
         behaviors = list(behaviors)[-self.max_behaviors :]
-        ids = as_strings([*behaviors, *candidates])
-        position = self.items.vocabulary.encode(ids)
+        ids = [*behaviors, *candidates]
+        keys = as_strings(ids)
+        position = self.items.vocabulary.encode(keys)
         return Request(
-            ids=[*behaviors, *candidates],
+            ids=ids,
+            keys=keys,
             num_behaviors=len(behaviors),
             known=position > 0,
-            item_row=self.items.rows(ids, position),
+            item_row=self.items.rows(keys, position),
             category=self.items.category[position],
             user=self.users.encode([user_id]),
             category_rows=self._category,

@@ -82,7 +82,7 @@ class MachineRows:
         rows = request.rows(with_user=self._with_user)
         keys = {name: pa.array(of_table.numpy()).cast(pa.large_string()) for name, of_table in rows.items()}
         asked = {f"{name}-{seed}": of_table for name, of_table in keys.items() for seed in self._seeds}
-        answers = self._machines.get_many({MM_TABLE: request.ids, **asked})
+        answers = self._machines.get_many({MM_TABLE: request.keys, **asked})
         tables, rows_away, unknown = [], False, request.unknown
         for seed in self._seeds:
             embedded = {}

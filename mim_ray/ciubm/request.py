@@ -1,7 +1,7 @@
 """A ranking request as the network's input: what all candidates share is there once (batch.py), whatever their number.
 
 request = ranker.request("u1", behaviors, candidates)
-vectors, found, names = multi_get(request.ids)
+vectors, found, names = multi_get(request.keys)
 batch = request.batch(vectors, found, names)
 prob = ranker.predict(batch)
 """
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class Request:
     """The l behaviors and C candidates of one user, as rows of the model's tables.
 
     Attributes:
-        ids: behaviors, then candidates. num_behaviors: l.
+        ids: behaviors, then candidates. keys: the same as large strings, for lookups. num_behaviors: l.
         known: (l + C,) bool: the model's catalogue has the item.
         item_row, category: (l + C,) rows of the item and category tables, 0 unknown.
         user: (1,) row of the user table.
@@ -34,6 +35,7 @@ class Request:
     """
 
     ids: list[str]
+    keys: pa.Array
     num_behaviors: int
     known: np.ndarray
     item_row: np.ndarray

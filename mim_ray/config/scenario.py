@@ -574,7 +574,7 @@ class Serving(Section):
     """A ranking replica that starts reads this many days of posted events back. Longer than the time between two runs of
     jobs/build_samples.py."""
     max_live_behaviors: Positive = 1_000_000
-    """Behaviors from posted events that a replica keeps in memory, about 250 bytes each; those of users without recent events
+    """Behaviors from posted events that a replica keeps in memory, about 350 bytes each; those of users without recent events
     go first."""
     experiment: str = "default"
     """Name of the A/B test: which arm a user is in follows from it and the user's id. A new name deals the users out anew."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from mim_ray.ciubm.request import Request
 from mim_ray.serving.loaded import Loaded, RequestRows
-from mim_ray.serving.messages import RankedItem, RankResponse, Reason
+from mim_ray.serving.messages import RankResponse, Reason
 
 NUM_REASONS = 3  # past items of each kind of relevance
 
@@ -31,8 +32,8 @@ def answer(
     """
     order = np.argsort(-prob, kind="stable")[:top_k]
     behaviors, candidates = asked.ids[: asked.num_behaviors], asked.ids[asked.num_behaviors :]
-    items = [
-        RankedItem(item_id=candidates[row], prob=of_row, unknown_item=unknown, no_content=not has_content)
+    items: list[dict[str, Any]] = [  # checked all together below: half the time of building 200 messages one by one
+        {"item_id": candidates[row], "prob": of_row, "unknown_item": unknown, "no_content": not has_content}
         for row, of_row, unknown, has_content in zip(
             order.tolist(),
             prob[order].tolist(),
@@ -46,17 +47,19 @@ def answer(
         for place, item in enumerate(items):
             of_id = None if by_id is None else by_id[place]
             of_content = None if by_content is None else by_content[place]
-            item.reasons = reasons(behaviors, of_id, of_content)
-    return RankResponse(
-        request_id=uuid.uuid4().hex,
-        items=items,
-        num_behaviors=asked.num_behaviors,
-        num_future_behaviors=num_future_behaviors,
-        default_features=default_features,
-        degraded=list(found.degraded),
-        release=loaded.served.release,
-        model_version=loaded.model_version,
-        encoder_version=loaded.model.encoder_version,
+            item["reasons"] = reasons(behaviors, of_id, of_content)
+    return RankResponse.model_validate(
+        {
+            "request_id": uuid.uuid4().hex,
+            "items": items,
+            "num_behaviors": asked.num_behaviors,
+            "num_future_behaviors": num_future_behaviors,
+            "default_features": default_features,
+            "degraded": list(found.degraded),
+            "release": loaded.served.release,
+            "model_version": loaded.model_version,
+            "encoder_version": loaded.model.encoder_version,
+        }
     )
 
 

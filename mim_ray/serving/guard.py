@@ -83,16 +83,15 @@ class Guard:
         if from_outside:
             text = "This app has no API keys, so it answers only callers on its own machine. Set serving.keys_file."
             raise _Refused(403, text)
-        origin = dict(scope["headers"]).get(b"origin")
-        if origin is not None and not is_loopback(_host_of(origin)):
+        if not all(is_loopback(_host_of(origin)) for origin in _headers(scope, b"origin")):
             raise _Refused(403, "This app has no API keys, so it does not answer the pages of other sites.")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """None: the caller went away."""
         largest = self._serving.max_body_bytes
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and (len(declared) > 18 or int(declared) > largest):
-            raise _too_large(largest)
+        for declared in _headers(scope, b"content-length"):
+            if declared.isdigit() and (len(declared) > 18 or int(declared) > largest):
+                raise _too_large(largest)
         body = bytearray()
         try:
             async with asyncio.timeout(self._serving.body_timeout_s):
@@ -151,8 +150,13 @@ def _host_of(origin: bytes) -> str:
 
 
 def _is_json(scope: Scope) -> bool:
-    kind = dict(scope["headers"]).get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
-    return kind == b"application/json" or kind.endswith(b"+json")
+    """Whether any part of the app could read the body as JSON: several headers, or odd ones, do not hide it."""
+    kinds = _headers(scope, b"content-type")
+    return not kinds or any(b"json" in kind.lower() for kind in kinds)
+
+
+def _headers(scope: Scope, name: bytes) -> list[bytes]:
+    return [value for key, value in scope["headers"] if key == name]
 
 
 async def _send(send: Send, refused: _Refused) -> None:

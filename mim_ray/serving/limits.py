@@ -123,7 +123,7 @@ async def _our_problem(_: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"error": sentence.encode("utf-8", "replace").decode()}, status_code=error.status)
     logger.error("a request met %s: %s", type(error).__name__, error)
     text = "The tables or models behind this endpoint cannot be used now. Try again; the replica's log has the reason."
-    return JSONResponse({"error": text}, status_code=503)
+    return JSONResponse({"error": text}, status_code=503, headers={"Retry-After": "1"})
 
 
 def _sentence(detail: dict[str, Any]) -> str:

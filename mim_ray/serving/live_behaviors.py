@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 import threading
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -28,12 +30,13 @@ from mim_ray.config.scenario import Samples, Serving
 from mim_ray.data.event_log import is_in
 from mim_ray.serving.background import repeat
 from mim_ray.serving.behavior_store import BehaviorStore
-from mim_ray.serving.events import event_log
+from mim_ray.serving.events import event_log, without_repeated
 from mim_ray.serving.row_log import RowLog
+from mim_ray.serving.row_log_files import SEGMENT
 
 logger = logging.getLogger("ray.serve")
 FOLLOW_EVERY_S = 0.1
-REMEMBERED_IDS = 200_000  # of events that were stored here: a repeated post is not even written
+REMEMBERED_IDS = 200_000  # of the newest events: a repeated post is not even written
 
 
 class Behavior(NamedTuple):
@@ -58,7 +61,7 @@ class LiveBehaviors:
         # By last event. Its lists are replaced, never changed: `history` reads without the lock.
         self._users: OrderedDict[str, list[Behavior]] = OrderedDict()
         self._num_live = 0
-        self._ids: dict[str, None] = {}
+        self._ids: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
         self._polling = threading.Lock()
         self._stop = threading.Event()
@@ -108,7 +111,7 @@ class LiveBehaviors:
         return [item for _, item in kept], [time for time, _ in kept]
 
     def store(self, rows: pa.Table) -> None:
-        """Store events durably, those that were stored here before excepted; `history` has them when this returns.
+        """Store events durably, those that are known to be stored excepted; `history` has them when this returns.
 
         Args:
             rows: of events.SCHEMA.
@@ -122,21 +125,35 @@ class LiveBehaviors:
 
     def add(self, rows: pa.Table) -> None:
         """Take in events that are stored; what is known already changes nothing."""
-        self._take_in(rows)
+        found = _listed(rows.filter(pa.array(self._is_behavior(rows))))
         with self._lock:
+            self._add(found)
+            self._ids.update(dict.fromkeys(rows["event_id"].to_pylist()))
+            while len(self._ids) > REMEMBERED_IDS:
+                self._ids.popitem(last=False)
             self._forget()
 
     def load(self, since: datetime) -> None:
-        """Take in the events received since then, the newest first, until memory's bound is reached. Damaged files are left
-        out: a replica that cannot start is worse."""
+        """Take in the events received since then, the newest first, until memory's bound is reached; call it before any other
+        method. Damaged files are left out: a replica that cannot start is worse."""
+        parts, num = [], 0
         for rows in self._log.read_newest_first(since, skip_damaged=True):
-            self._take_in(rows)
-            if self._num_live >= self._max_live_behaviors:
+            parts.append(rows.filter(pa.array(self._is_behavior(rows))))
+            num += parts[-1].num_rows
+            if num >= self._max_live_behaviors:
                 logger.warning("serving.max_live_behaviors is reached: older events are not read back")
                 break
-        with self._lock:
-            self._users = OrderedDict(sorted(self._users.items(), key=lambda entry: entry[1][-1].time))
-            self._forget()
+        if num:
+            received = without_repeated(pa.concat_tables(parts).sort_by(SEGMENT))
+            users = {}
+            for user, found in groupby(
+                _listed(received.sort_by([("user_id", "ascending"), ("timestamp", "ascending")])), itemgetter(0)
+            ):
+                users[user] = [behavior for _, behavior in found][-self._max_behaviors :]
+            with self._lock:
+                self._users = OrderedDict(sorted(users.items(), key=lambda entry: entry[1][-1].time))
+                self._num_live = sum(map(len, users.values()))
+                self._forget()
 
     def refresh(self) -> None:
         """Look once for events that other replicas stored."""
@@ -152,23 +169,6 @@ class LiveBehaviors:
 
     def stop(self) -> None:
         self._stop.set()
-
-    def _take_in(self, rows: pa.Table) -> None:
-        ids = rows["event_id"].to_pylist()
-        behaviors = rows.filter(pa.array(self._is_behavior(rows)))
-        found = zip(
-            behaviors["user_id"].to_pylist(),
-            behaviors["timestamp"].cast(pa.int64()).to_pylist(),
-            behaviors["item_id"].to_pylist(),
-            behaviors["event_id"].to_pylist(),
-            strict=True,
-        )
-        with self._lock:
-            for event_id in ids:
-                self._ids[event_id] = None
-            while len(self._ids) > REMEMBERED_IDS:
-                del self._ids[next(iter(self._ids))]
-            self._add((user, Behavior(time, item, hash(event_id))) for user, time, item, event_id in found)
 
     def _is_behavior(self, rows: pa.Table) -> np.ndarray:
         """(n,) bool."""
@@ -199,6 +199,14 @@ def rules_of(behaviors: str) -> Samples:
     """The settings with which the samples beside `behaviors` were made."""
     manifest = artifacts.read_manifest(behaviors.rpartition("/")[0])
     return Samples() if manifest is None else Samples.model_validate(manifest.scenario.get("samples", {}))
+
+
+def _listed(rows: pa.Table) -> Iterator[tuple[str, Behavior]]:
+    """User and behavior of each row."""
+    times = rows["timestamp"].cast(pa.int64()).to_pylist()
+    events = map(hash, rows["event_id"].to_pylist())
+    items = map(sys.intern, rows["item_id"].to_pylist())  # users have items in common
+    return zip(rows["user_id"].to_pylist(), map(Behavior, times, items, events), strict=True)
 
 
 def _without_repeats(items: list[str]) -> list[str]:

@@ -79,7 +79,7 @@ class LocalRows:
     def get(self, request: Request) -> RequestRows:
         """Without content where the store fails, for the whole request: half of the items would be a wrong comparison."""
         try:
-            vectors, found, categories = self.store.multi_get(request.ids)
+            vectors, found, categories = self.store.multi_get(request.keys)
         except STORAGE_PROBLEMS as error:
             if str(error) != self._problem:
                 logger.error("MM embeddings cannot be read; requests are ranked without content: %s", error)

@@ -10,7 +10,18 @@ import base64
 import binascii
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 MAX_ID_CHARS = 256
 MAX_BEHAVIORS = 10_000
@@ -192,6 +203,15 @@ class NewItemsRequest(Message):
     )
 
     items: Annotated[list[NewItem], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Either form, for the OpenAPI page."""
+        reference = handler(core)
+        schema = handler.resolve_ref_schema(reference)
+        batch = {key: schema.pop(key) for key in ("type", "properties", "required", "additionalProperties")}
+        schema["anyOf"] = [handler(NewItem.__pydantic_core_schema__), batch]
+        return reference
 
     @model_validator(mode="before")
     @classmethod

@@ -39,6 +39,7 @@ GAUGES: dict[str, tuple[str, Joined]] = {
     "mim_ray_overlay_items": ("Items that came after the snapshot.", "max"),
     "mim_ray_fold_age_seconds": ("Since the window was last folded into the table.", "max"),
     "mim_ray_live_behaviors": ("Behaviors from posted events in memory.", "max"),
+    "mim_ray_exposures_dropped": ("Answers since the process started that were not logged as shown.", "sum"),
     "mim_ray_release_refused": ("1 while a promoted release cannot be served.", "max"),
     "mim_ray_index_recall": ("Share of the true nearest items that similar items finds; 0 while it is built.", "mean"),
 }

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import segment_rows
+from mim_ray.serving.encoder_rollout import CurrentEncoder, OpenEncoder
 from mim_ray.serving.fetch import check_prefixes
 from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded
 from mim_ray.serving.messages import EncodedItem, Health, NewItem, NewItemsRequest, NewItemsResponse, Problem, Ready
@@ -42,6 +44,7 @@ from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
 from mim_ray.serving.pictures import Pictures, TimeLimits
 from mim_ray.serving.query_encoder import QueryEncoder
 from mim_ray.serving.release_check import ReleaseCheck
+from mim_ray.serving.rollout import Rollout, open_first
 from mim_ray.serving.served import Served
 from mim_ray.serving.window_folding import WindowFolding
 
@@ -174,7 +177,7 @@ class NewItemEncoder:
         self._known.add(rows)
 
 
-def new_item_api(encoder: NewItemEncoder, serving: Serving, metrics: Metrics | None = None) -> ASGIApp:
+def new_item_api(encoder: NewItemEncoder | CurrentEncoder, serving: Serving, metrics: Metrics | None = None) -> ASGIApp:
     """The HTTP face of an encoder, with its limits. All paths begin with /v1/items, so that another app may have the rest."""
     metrics = Metrics(APP, lambda: Versions(None, encoder.encoder_version)) if metrics is None else metrics
     app = FastAPI(
@@ -221,27 +224,20 @@ class NewItemReplica:
         machines: ParameterMachines,
         follow: Scenario | None = None,
     ) -> None:
-        served = served if follow is None else Served.of(follow)
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
-        on_gpu = serving.gpus_per_replica > 0 and torch.cuda.is_available()
-        encoder = load_for_tables(served.encoder, "cuda" if on_gpu else "cpu")
-        _check_encoder(served, encoder.encoder_version)
         push = None if machines.state is None else ParameterClient(machines.state, machines).push
-        self._encoder = NewItemEncoder(
-            encoder,
-            served.center,
-            limits,
-            push=push,
-            serving=serving,
-        )
-        if follow is not None:
-            follow_s = serving.follow_release_s
-            self._encoder.check_release = ReleaseCheck(served.center, encoder.encoder_version, follow_s)
-        self._queries = QueryEncoder(encoder, limits, decode_timeout_s=serving.decode_timeout_s)
+        open_encoder = partial(_open, limits=limits, serving=serving, push=push, follow=follow is not None)
+        if follow is None:
+            rollout = Rollout(open_encoder(served))
+        else:
+            read = partial(Served.of, follow)
+            first = open_first(read, served, open_encoder)
+            rollout = Rollout(first, read, lambda wanted: open_encoder(wanted, before=rollout.current))
+            rollout.start(serving.follow_release_s)
+        self._encoder = CurrentEncoder(rollout)
         self._serving = serving
         self._folding = WindowFolding(served.center, serving.window_s)
-        versions = Versions(None, encoder.encoder_version, served.release)
-        self._metrics = Metrics(APP, lambda: versions, MAX_ONGOING_REQUESTS)
+        self._metrics = Metrics(APP, self._versions, MAX_ONGOING_REQUESTS)
         self._metrics.watch("mim_ray_fold_age_seconds", self._folding.age_s)
         self._reporter = Reporter(self._metrics)
 
@@ -250,15 +246,43 @@ class NewItemReplica:
 
     async def embed_query(self, image: bytes | None, title: str | None) -> tuple[np.ndarray, str] | RequestError:
         """For the ranking app's /v1/search/image: the query's vector (D,) and this encoder's version, or why it has none."""
+        current = self._encoder.rollout.current
         try:
-            vector = await run_in_threadpool(self._queries.embed, image, title)
+            vector = await run_in_threadpool(current.queries.embed, image, title)
         except RequestError as error:  # raised, Serve would log it as a fault of ours
             return error
-        return vector, self._encoder.encoder_version
+        return vector, current.items.encoder_version
 
-    def check_health(self) -> None:
-        """Serve replaces a replica whose encoder is not the release's; until then it encodes nothing."""
-        self._encoder.check_release()
+    def _versions(self) -> Versions:
+        return Versions(None, self._encoder.encoder_version, self._encoder.rollout.current.served.release)
+
+
+def _open(
+    served: Served,
+    *,
+    limits: Data,
+    serving: Serving,
+    push: Push | None,
+    follow: bool,
+    before: OpenEncoder | None = None,
+) -> OpenEncoder:
+    """
+    Args:
+        before: goes on where it is the encoder that `served` names, with what it knows.
+
+    Raises:
+        ArtifactError: the encoder is missing or damaged. VersionMismatchError: it did not make the release's embeddings.
+    """
+    version = artifacts.read_json(f"{served.encoder}/encoder.json").get("encoder_version")
+    _check_encoder(served, version)
+    if before is not None and before.served.encoder == served.encoder and before.items.encoder_version == version:
+        return replace(before, served=served)
+    on_gpu = serving.gpus_per_replica > 0 and torch.cuda.is_available()
+    encoder = load_for_tables(served.encoder, "cuda" if on_gpu else "cpu")
+    items = NewItemEncoder(encoder, served.center, limits, push=push, serving=serving)
+    if follow:
+        items.check_release = ReleaseCheck(served.center, encoder.encoder_version, serving.follow_release_s)
+    return OpenEncoder(served, items, QueryEncoder(encoder, limits, decode_timeout_s=serving.decode_timeout_s))
 
 
 def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> Application:

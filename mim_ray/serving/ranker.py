@@ -209,8 +209,8 @@ class RankingService:
             degraded=found.degraded,
         )
         if found.batch.mm is not None:
-            candidates = found.batch.mm[found.batch.target].numpy()  # (C, D)
-            self.metrics.embeddings(candidates[found.has_content])
+            candidates = found.batch.mm.numpy()[-len(found.unknown) :]  # (C, D)
+            self.metrics.embeddings(candidates if found.has_content.all() else candidates[found.has_content])
 
     def _versions(self) -> Versions:
         now = self.rollout.current
@@ -312,6 +312,8 @@ class RankingReplica:
             metrics=service.metrics,
         )
         self._traffic = Traffic.open(serving, served, arms or {}, other)
+        if (exposures := self._traffic.exposures) is not None:
+            service.metrics.watch("mim_ray_exposures_dropped", lambda: exposures.num_dropped)
         self._similar = None
         if serving.similar_items:
             self._similar = SimilarItems(

@@ -30,6 +30,6 @@ class ReleaseCheck:
                 release.encoder_version,
                 self._encoder_version,
                 expected_by=f"Release {release.number} of {self._center}",
-                found_in="this replica of the new-item encoder, until Serve replaces it,",
+                found_in="this replica of the new-item encoder, until the other one is open,",
             )
         self._good_until = time.monotonic() + self._every_s

@@ -85,10 +85,9 @@ def add_similar_routes(app: FastAPI, similar: SimilarItems | None, embed: Embed 
         embed: makes a query's vector. Default: the new-item encoder app that runs beside this one.
     """
     embed = encoder_app() if embed is None else embed
-    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 404, 422, 503)}
-    also: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (409,)}
+    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 404, 422, 501, 503)}
 
-    @app.get("/v1/similar/{item_id:path}", responses=problems | also)
+    @app.get("/v1/similar/{item_id:path}", responses=problems | {409: {"model": Problem}})
     def similar_items(
         item_id: Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARS)],
         top_k: Annotated[int, Query(ge=1, le=MAX_TOP_K)] = 10,
@@ -149,7 +148,7 @@ def _answer(search: Callable[[], Found]) -> SimilarResponse:
     except UnavailableError as error:
         raise _later(error) from None
     except ConfigError as error:  # FAISS is missing
-        raise HTTPException(404, str(error)) from None
+        raise HTTPException(501, str(error)) from None
     items = [SimilarItem(item_id=one.item_id, similarity=one.similarity, category=one.category) for one in found.items]
     return SimilarResponse(items=items, encoder_version=found.encoder_version)
 

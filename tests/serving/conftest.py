@@ -76,21 +76,30 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_run(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path) -> SmallRun:
-    """Items i0..i39, users u0..u9 with behaviors, the model sim-mim; for tests that only read, or post items of their own."""
-    return make_run(tmp_path_factory.mktemp("shared") / "run", encoder_folder)
+def new_run(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path) -> SmallRun:
+    """Items i0..i39, users u0..u9 with behaviors, the model sim-mim. Nobody writes into it."""
+    return make_run(tmp_path_factory.mktemp("new") / "run", encoder_folder)
+
+
+@pytest.fixture(scope="session")
+def shared_run(tmp_path_factory: pytest.TempPathFactory, new_run: SmallRun) -> SmallRun:
+    """The same, for tests that only read, or post items and events of their own."""
+    return copy_run(new_run, tmp_path_factory.mktemp("shared") / "run")
 
 
 @pytest.fixture
-def small_run(tmp_path: Path, shared_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> SmallRun:
-    """The same, a copy for one test."""
+def small_run(tmp_path: Path, new_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> SmallRun:
+    """The same, for one test."""
     monkeypatch.setenv("MIM_RAY_CACHE", str(tmp_path / "cache"))
-    root = tmp_path / "run"
-    shutil.copytree(shared_run.root, root, symlinks=True, ignore=shutil.ignore_patterns("window"))
+    return copy_run(new_run, tmp_path / "run")
+
+
+def copy_run(source: SmallRun, root: Path) -> SmallRun:
+    shutil.copytree(source.root, root, symlinks=True)
     manifest = (root / "extraction" / "artifact.json").read_text()
-    (root / "extraction" / "artifact.json").write_text(manifest.replace(str(shared_run.root), str(root)))
-    run = shared_run.scenario.run.model_copy(update={"root": str(root)})
-    return SmallRun(root, shared_run.scenario.model_copy(update={"run": run}))
+    (root / "extraction" / "artifact.json").write_text(manifest.replace(str(source.root), str(root)))
+    run = source.scenario.run.model_copy(update={"root": str(root)})
+    return SmallRun(root, source.scenario.model_copy(update={"run": run}))
 
 
 def make_run(root: Path, encoder_folder: Path) -> SmallRun:

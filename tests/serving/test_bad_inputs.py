@@ -12,6 +12,7 @@ import logging
 import struct
 import sys
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -271,24 +272,23 @@ STRANGE_IDS = {
 
 
 @pytest.fixture
-def opened_files() -> list[str]:
+def opened_files() -> Iterator[list[str]]:
     """Names of the files that this process opens, makes or renames during the test."""
     names: list[str] = []
+    if not HOOK:
+        sys.addaudithook(_keep)  # there is no way to take it away; it does nothing outside of this fixture
     HOOK["names"] = names
     yield names
     HOOK["names"] = None
 
 
-HOOK: dict[str, list[str] | None] = {"names": None}
+HOOK: dict[str, list[str] | None] = {}
 
 
 def _keep(event: str, arguments: tuple) -> None:
     names = HOOK["names"]
     if names is not None and event in ("open", "os.mkdir", "os.rename", "os.remove", "os.listdir", "os.scandir"):
         names.extend(str(argument) for argument in arguments[:2])
-
-
-sys.addaudithook(_keep)  # there is no way to take it away; it does nothing outside of opened_files
 
 
 @pytest.mark.parametrize("name", STRANGE_IDS)
@@ -309,6 +309,16 @@ def test_a_strange_id_is_an_id_like_any_other_and_never_a_path(clients, opened_f
     assert posted.json()["items"][0]["item_id"] == strange
     assert opened_files, "the item's segment is a file"
     assert not [file for file in opened_files if "passwd" in file or (len(strange) > 8 and strange in file)]
+
+
+@pytest.mark.parametrize(
+    "kinds", [["application/json", "text/plain"], ["text/plain", "application/json"], ["APPLICATION/Json; a=b"]]
+)
+def test_json_is_looked_at_however_it_is_announced(clients, kinds):
+    headers = [("content-type", kind) for kind in kinds]
+    answer = clients["ranking"].post("/v1/rank", content=b"[" * 50_000, headers=headers)
+    assert answer.status_code == 422
+    assert "deeper" in answer.json()["error"]
 
 
 def test_a_body_that_does_not_arrive_is_not_waited_for():

@@ -130,6 +130,7 @@ def test_failures_of_ours_tell_no_secrets(client):
     for kind, status in (("ours", 503), ("other", 500)):
         answer = client.get(f"/fails/{kind}")
         assert answer.status_code == status
+        assert answer.headers.get("retry-after") == ("1" if status == 503 else None)
         assert "secret" not in answer.text
         assert set(answer.json()) == {"error"}
 

@@ -8,6 +8,7 @@ import time
 import weakref
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -167,6 +168,37 @@ def test_a_replica_that_starts_reads_the_last_days_back_and_folded_ones_too(make
     small = make(max_live_behaviors=1)
     small.load(datetime.now(UTC) - timedelta(days=1))
     assert small.history("timed")[0] == ["a", "b", "d"]
+
+
+def test_what_is_read_back_is_what_a_replica_that_saw_it_all_holds(make, tmp_path):
+    rng = np.random.default_rng(0)
+    live = make(max_behaviors=5)
+    for number in range(30):
+        live.store(
+            table(
+                *(
+                    event(
+                        f"u{rng.integers(8)}",
+                        f"i{rng.integers(6)}",
+                        int(rng.integers(1, 50)),
+                        event_id=f"{number}-{place}",
+                    )
+                    for place in range(4)
+                )
+            )
+        )
+        if number % 7 == 0:
+            event_log(f"{tmp_path}/center").fold(keep_s=0)
+            make().store(
+                table(event("u1", "again", 60, event_id="again"))
+            )  # by replicas that do not know of each other
+    live.refresh()
+    fresh = make(max_behaviors=5)
+    fresh.load(datetime.now(UTC) - timedelta(days=1))
+    users = [f"u{number}" for number in range(8)]
+    assert [fresh.history(user) for user in users] == [live.history(user) for user in users]
+    assert fresh.num_live == live.num_live == 40
+    assert fresh.history("u1")[0].count("again") == 1
 
 
 def test_a_damaged_file_does_not_keep_a_replica_from_starting(make, tmp_path, caplog):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from mim_ray.representation_center.parameter_machines import ParameterMachines
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.updates import append_segment, segment_rows
 from mim_ray.serving.machines import load_current
-from mim_ray.serving.messages import RankRequest
+from mim_ray.serving.messages import RankRequest, RankResponse
 from mim_ray.serving.promotion import promote_version
 from mim_ray.serving.ranker import RankingService, ranking_api
 from mim_ray.serving.served import Served
@@ -234,3 +235,54 @@ def test_the_job_switches_machines_that_run_and_says_what_they_hold(
     assert f"{number} (switch " in said.out, said.err
     assert "2 shards × 1 replicas" in said.out
     assert "item-0" in said.out
+
+
+@pytest.mark.chaos
+def test_a_machine_that_is_killed_under_constant_calls_costs_no_answer_and_no_content(
+    on_machines: Any, tmp_path: Path
+) -> None:
+    scenario, _, number = on_machines
+    options = {"state": f"{tmp_path}/machines.json", "folder": f"{tmp_path}/machines", "replicas": 2}
+    pairs = scenario.model_copy(update={"machines": scenario.machines.model_copy(update=options)})
+    machines = load_current(pairs)
+    try:
+        served, expected = opened(pairs), scores(local(scenario))
+        answers: list[Any] = []
+        stop = threading.Event()
+
+        def call() -> None:
+            while not stop.is_set():
+                try:
+                    answers.append(served.rank(ASK))
+                except Exception as error:  # noqa: BLE001  (each is a failed request)
+                    answers.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        try:
+            killed = []
+            for where in machines.status()[:2]:
+                seen = len(answers)
+                os.kill(where["pid"], signal.SIGKILL)
+                killed.append(where["pid"])
+                start = time.monotonic()
+                while len(answers) < seen + 20 or not all_back(machines, killed):
+                    assert time.monotonic() - start < 120, "Ray does not bring the machine back"
+                    time.sleep(0.05)
+        finally:
+            stop.set()
+            thread.join()
+        assert {type(answer) for answer in answers} == {RankResponse}, [a for a in answers if isinstance(a, Exception)][
+            :3
+        ]
+        for answer in answers:
+            assert (answer.degraded, answer.release) == ([], number)
+            assert {item.item_id: item.prob for item in answer.items} == pytest.approx(expected, abs=1e-5)
+    finally:
+        machines.stop()
+
+
+def all_back(machines: ParameterMachines, killed: list[int]) -> bool:
+    """Whether every place has a machine that answers, none of them killed."""
+    pids = [where.get("pid") for where in machines.status()]
+    return None not in pids and not set(pids) & set(killed)

@@ -50,7 +50,7 @@ def make_usable(body: Any) -> None:
         return
     for key in ("context", "item_context", "behavior_times", "timestamp"):
         body.pop(key, None)
-    items = body.get("items")
+    items = body.get("items", [body] if "item_id" in body else [])
     for number, item in enumerate(items if isinstance(items, list) else []):
         if isinstance(item, dict):
             for key in ("image", "image_url", "content_at"):
@@ -106,6 +106,13 @@ def test_answers_to_made_up_requests_are_as_the_page_says(apps, name):
 def test_ten_thousand_made_up_requests_find_no_failure(apps, name):
     statuses = explore(apps[name], PAGES[name], 5_000, derandomize=False)
     assert statuses.total() >= 5_000
+
+
+def test_the_page_shows_one_item_and_a_batch(apps):
+    schemas = TestClient(apps["items"]).get(PAGES["items"]).json()["components"]["schemas"]
+    one, batch = schemas["NewItemsRequest"]["anyOf"]
+    assert one["title"] == "NewItem"
+    assert batch["required"] == ["items"]
 
 
 def test_every_endpoint_says_who_may_call_and_how_it_refuses(apps):

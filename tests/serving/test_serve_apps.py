@@ -24,10 +24,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
 from mim_ray.config.scenario import Serving
-from mim_ray.errors import ConfigError
+from mim_ray.errors import ConfigError, RequestError
 from mim_ray.pipeline.layout import Layout
 from mim_ray.pipeline.serve_run import TOP_K, requests_to_try
 from mim_ray.serving import local
+from mim_ray.serving.client import Client
+from mim_ray.serving.exposures import exposure_log
 from mim_ray.serving.limits import guarded
 from mim_ray.serving.metrics import Metrics, counted
 from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
@@ -37,7 +39,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def url(ray_cluster, shared_run) -> Iterator[str]:
-    serving = shared_run.scenario.serving.model_copy(update={"gpus_per_replica": 0.5})
+    serving = shared_run.scenario.serving.model_copy(update={"gpus_per_replica": 0.5, "log_exposures": True})
     yield local.start(shared_run.scenario.model_copy(update={"serving": serving}))
     local.stop()
 
@@ -99,17 +101,27 @@ def test_new_items_are_folded_into_the_delta_table_once(url, shared_run):
     assert all(not item["no_content"] for item in rank(url, "folded-0", "folded-1", "folded-2")["items"])
 
 
-def test_the_next_ranking_of_a_user_sees_a_posted_event(url):
-    body = {"user_id": "clicker", "candidates": ["i1", "i2"]}
-    assert requests.post(f"{url}/v1/rank", json=body, timeout=20).json()["num_behaviors"] == 0
-    event = {"user_id": "clicker", "item_id": "i7", "event": "click"}
-    answers = [
-        requests.post(f"{url}/v1/events", json=event, headers={"Idempotency-Key": "click-1"}, timeout=20)
-        for _ in range(2)
-    ]
-    assert answers[0].status_code == 200, answers[0].text
-    assert answers[0].json() == answers[1].json()
-    assert requests.post(f"{url}/v1/rank", json=body, timeout=20).json()["num_behaviors"] == 1
+def test_the_client_posts_events_that_the_users_next_ranking_sees_and_what_was_shown_is_logged(url, shared_run):
+    client = Client(url, deadline_s=20)
+    first = client.rank("clicker", ["i1", "i2", "i3"], top_k=2)
+    assert first["num_behaviors"] == 0
+    click = {"user_id": "clicker", "item_id": "i7", "event": "click", "request_id": first["request_id"]}
+    answers = [client.events([click], idempotency_key="click-1") for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert client.rank("clicker", ["i1"])["num_behaviors"] == 1
+    assert client.items([{"item_id": "by-client", "title": "striped mug"}])["items"][0]["rankable"]
+    with pytest.raises(RequestError, match="candidates: List should have at least 1 item"):
+        client.rank("clicker", [])
+    deadline = time.monotonic() + 20
+    while True:
+        rows = exposure_log(f"{shared_run.root}/center").read().to_pylist()
+        shown = [row["item_id"] for row in rows if row["request_id"] == first["request_id"]]
+        if shown:
+            break
+        assert time.monotonic() < deadline, "exposures are not stored"
+        time.sleep(0.2)
+    assert shown == [item["item_id"] for item in first["items"]]
+    assert "mim_ray_exposures_dropped" in requests.get(f"{url}/metrics", timeout=20).text
 
 
 def test_the_encoder_replica_gets_the_share_of_a_gpu_that_it_asks_for(url):
@@ -251,6 +263,7 @@ def test_the_printed_requests_work_when_pasted(url, shared_run, tmp_path):
     assert item["rankable"]
     assert len(ranked["items"]) == TOP_K
     assert ranked["num_behaviors"] == 5, "the behavior store knows the user"
+    assert "items" in similar, similar
     assert len(similar["items"]) == TOP_K
     assert similar["encoder_version"] == item["encoder_version"] == ranked["encoder_version"]
     assert len(json.loads((tmp_path / "new_item.json").read_text())["image"]) > 100, "a real picture"

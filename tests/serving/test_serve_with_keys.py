@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import requests
 from ray import serve
+from ray.exceptions import RayActorError
 
 from mim_ray.errors import ConfigError
 from mim_ray.serving.keys import new_key
@@ -24,9 +25,23 @@ def open_proxy(ray_cluster) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serve.start(proxy_location="HeadOnly", http_options={"host": "0.0.0.0", "port": port})
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    try:
+        start_serve(port)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+
+
+def start_serve(port: int, attempts: int = 5) -> None:
+    """A proxy of a Serve that has just been shut down may still be ending, and takes the new one with it."""
+    for left in reversed(range(attempts)):
+        try:
+            serve.start(proxy_location="HeadOnly", http_options={"host": "0.0.0.0", "port": port})
+            return
+        except RayActorError:
+            serve.shutdown()
+            if not left:
+                raise
 
 
 def test_a_proxy_that_others_can_reach_needs_keys_whatever_serving_host_says(open_proxy, shared_run):
