@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp
 
 from mim_ray import artifacts
@@ -33,6 +34,7 @@ from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import segment_rows
 from mim_ray.serving.new_item_encoder import NewItemEncoder, new_item_api
+from mim_ray.serving.query_encoder import QueryEncoder
 from mim_ray.serving.ranker import RankingService, ranking_api
 from mim_ray.serving.served import Served
 from mim_ray.serving.similar import SimilarItems
@@ -166,12 +168,12 @@ def both_apis(shared_run: SmallRun) -> Iterator[Callable[[Serving], dict[str, AS
     encoder = NewItemEncoder(
         ItemEncoder.load(f"{shared_run.root}/csft/encoder"), f"{shared_run.root}/center", scenario.data
     )
-
     similar = SimilarItems(lambda: service.rollout.current, exact_rows=1_000, recall=0.95)
     similar.refresh()
+    queries = QueryEncoder(ItemEncoder.load(f"{shared_run.root}/csft/encoder"), scenario.data)
 
     async def embed(image: bytes | None, title: str | None) -> tuple[np.ndarray, str]:
-        return np.ones(scenario.encoders.width, np.float32), encoder.encoder_version
+        return await run_in_threadpool(queries.embed, image, title), encoder.encoder_version
 
     def build(serving: Serving) -> dict[str, ASGIApp]:
         ranking = ranking_api(service, serving, similar=similar, embed=embed)
