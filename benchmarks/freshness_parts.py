@@ -71,7 +71,8 @@ def serve(center: str, address: str, state: str) -> None:
 
     from mim_ray.config import load_scenario
     from mim_ray.encoders.item_encoder import ItemEncoder
-    from mim_ray.serving.new_item_encoder import NewItemEncoder, new_item_api
+    from mim_ray.serving.new_item_app import new_item_api
+    from mim_ray.serving.new_item_encoder import NewItemEncoder
     from mim_ray.serving.window_folding import WindowFolding
 
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import click
 from ray.serve import Application
 
 from mim_ray.errors import MimRayError
-from mim_ray.serving.new_item_encoder import bind_new_item_encoder
+from mim_ray.serving.new_item_app import bind_new_item_encoder
 from mim_ray.serving.served import AppArgs
 
 

@@ -7,7 +7,7 @@ import click
 from ray.serve import Application
 
 from mim_ray.errors import MimRayError
-from mim_ray.serving.ranker import bind_ranking
+from mim_ray.serving.ranking_app import bind_ranking
 from mim_ray.serving.served import AppArgs
 
 

@@ -9,8 +9,8 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from mim_ray.config import Scenario
-from mim_ray.serving.new_item_encoder import bind_new_item_encoder
-from mim_ray.serving.ranker import bind_ranking
+from mim_ray.serving.new_item_app import bind_new_item_encoder
+from mim_ray.serving.ranking_app import bind_ranking
 from mim_ray.serving.served import Served
 
 REQUEST_TIMEOUT_S = 30.0

@@ -1,7 +1,6 @@
 """POST /v1/rank: candidates of a user by falling click probability. Knows tables and the CTR network, no encoder.
 
-`RankingService` is plain Python, `ranking_api` puts HTTP around it (any ASGI server runs it), `bind_ranking` makes it a
-Ray Serve application.
+Plain Python; ranking_app.py puts HTTP and Ray Serve around it.
 """
 
 from __future__ import annotations
@@ -9,44 +8,29 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
-import torch
-from fastapi import FastAPI, Response
-from fastapi.concurrency import run_in_threadpool
-from ray import serve
-from ray.serve import Application
-from starlette.types import ASGIApp
 
-from mim_ray import artifacts
 from mim_ray.ciubm.export import Ranker
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import ParameterMachines, Serving
 from mim_ray.errors import ReleaseGoneError
 from mim_ray.representation_center.parameter_store import ParameterStore
-from mim_ray.representation_center.release import check_versions
-from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.serving.answers import answer
 from mim_ray.serving.behavior_store import BehaviorStore
-from mim_ray.serving.events import add_event_routes
-from mim_ray.serving.limits import FULL_QUEUE, check_count, check_exposure, guarded
+from mim_ray.serving.limits import check_count
 from mim_ray.serving.live_behaviors import LiveBehaviors
 from mim_ray.serving.loaded import Loaded, LocalRows, RequestRows
-from mim_ray.serving.messages import Health, Problem, RankRequest, RankResponse, Ready
-from mim_ray.serving.metrics import Metrics, Versions, counted
-from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
-from mim_ray.serving.query import QueryVector, check_takes_queries, encoded, has_query
+from mim_ray.serving.messages import RankRequest, RankResponse
+from mim_ray.serving.metrics import Metrics, Versions
+from mim_ray.serving.query import QueryVector
 from mim_ray.serving.request_context import context_table
 from mim_ray.serving.rollout import Rollout, open_first
 from mim_ray.serving.served import Served
-from mim_ray.serving.similar import SimilarItems
-from mim_ray.serving.similar_routes import Embed, add_similar_routes, encoder_app
-from mim_ray.serving.traffic import Traffic, arms_of
 
 RANK = "/v1/rank"
 MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
@@ -228,133 +212,3 @@ class RankingService:
         past = sorted((pair for pair in zip(times, behaviors, strict=True) if pair[0] < timestamp), key=itemgetter(0))
         kept = past[-newest:]
         return [item for _, item in kept], [time for time, _ in kept], len(behaviors) - len(past)
-
-
-def ranking_api(
-    service: RankingService,
-    serving: Serving,
-    traffic: Traffic | None = None,
-    similar: SimilarItems | None = None,
-    embed: Embed | None = None,
-) -> ASGIApp:
-    """The HTTP face of a service, with its limits.
-
-    Args:
-        traffic: deals users out to the arms of an A/B test, and logs what was shown.
-        similar, embed: as of `add_similar_routes`.
-    """
-    app = FastAPI(title="mim_ray ranking", summary="Candidates of a user by click probability.")
-    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 413, 422, 503)}
-
-    embed = encoder_app() if embed is None else embed
-
-    @app.post(RANK, response_model=RankResponse, responses=problems)
-    async def rank(request: RankRequest) -> Response:
-        """Rank candidates for a user. Unknown users and items are scored too, by what is known."""
-        service.metrics.parsed(RANK)
-        query = None
-        if has_query(request):
-            if traffic is None:
-                check_takes_queries(service.model)
-            query = await encoded(request, embed)
-        return await run_in_threadpool(ranked, request, query)
-
-    def ranked(request: RankRequest, query: QueryVector | None) -> Response:
-        told = service.rank(request, query) if traffic is None else traffic.rank(request, service, query)
-        return Response(told.model_dump_json(), media_type="application/json")  # checked when it was built
-
-    if isinstance(service.behaviors, LiveBehaviors):
-        add_event_routes(app, service.behaviors)
-
-    @app.get("/healthz")
-    async def healthz() -> Health:
-        """The process answers."""
-        return Health()
-
-    @app.get("/readyz", responses={503: {"model": Problem}})
-    def readyz() -> Ready:
-        """Model and tables are loaded, and which."""
-        return Ready(
-            status="ready",
-            model_version=service.model_version,
-            encoder_version=service.model.encoder_version,
-            num_items=len(service.model.items.vocabulary),
-            default_features=dict(service.default_features),
-            degraded=dict(service.degraded_answers),
-            release=service.rollout.current.served.release,
-            refused=service.rollout.refused,
-        )
-
-    add_similar_routes(app, similar, embed)
-    add_metrics_routes(app, service.metrics)
-    return counted(guarded(app, serving), app, service.metrics)
-
-
-class RankingReplica:
-    """One process that serves `ranking_api`."""
-
-    def __init__(
-        self,
-        served: Served,
-        serving: Serving,
-        machines: ParameterMachines | None = None,
-        follow: Scenario | None = None,
-        arms: Mapping[str, Served] | None = None,
-    ) -> None:
-        torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
-        self._service = service = RankingService.open(served, serving, machines, follow)
-        self._serving = serving
-        other = partial(
-            RankingService.open,
-            serving=serving,
-            machines=machines,
-            behaviors=service.behaviors,
-            metrics=service.metrics,
-        )
-        self._traffic = Traffic.open(serving, served, arms or {}, other)
-        if (exposures := self._traffic.exposures) is not None:
-            service.metrics.watch("mim_ray_exposures_dropped", lambda: exposures.num_dropped)
-        self._similar = None
-        if serving.similar_items:
-            self._similar = SimilarItems(
-                lambda: service.rollout.current, exact_rows=serving.exact_search_rows, recall=serving.search_recall
-            )
-            self._similar.start()
-            service.metrics.watch("mim_ray_index_recall", self._similar.recall)
-        self._reporter = Reporter(service.metrics)
-
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        return ranking_api(self._service, self._serving, self._traffic, self._similar)
-
-
-def bind_ranking(scenario: Scenario, served: Served | None = None) -> Application:
-    """The Serve application of what is current, now and after later promotions; refuses early what a replica would refuse late.
-
-    Args:
-        served: this, and no other, whatever is promoted.
-
-    Raises:
-        MimRayError: the run is not finished, versions do not match, or strangers could call.
-    """
-    serving = check_exposure(scenario.serving)
-    follow = scenario if served is None else None
-    served = Served.for_ranking(scenario) if served is None else served
-    arms = arms_of(scenario, served)
-    for one in (served, *arms.values()):
-        _check_model(one)
-    deployment = serve.deployment(
-        name="Ranking",
-        num_replicas=serving.num_replicas,
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        max_queued_requests=serving.max_queued_requests,
-        backpressure_config=FULL_QUEUE,
-        ray_actor_options={"num_cpus": serving.cpus_per_replica},
-    )(serve.ingress()(RankingReplica))
-    return deployment.bind(served, serving, scenario.machines, follow, arms)
-
-
-def _check_model(served: Served) -> None:
-    found = Snapshot.open(served.snapshot, verify=False).encoder_version
-    trained_on = artifacts.read_json(f"{served.ctr}/ctr.json").get("encoder_version")
-    if trained_on is not None:
-        check_versions(trained_on, found, expected_by=f"The CTR model {served.ctr}", found_in=served.snapshot)

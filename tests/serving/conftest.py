@@ -33,9 +33,11 @@ from mim_ray.encoders.tokenizer import train_tokenizer
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import segment_rows
-from mim_ray.serving.new_item_encoder import NewItemEncoder, new_item_api
+from mim_ray.serving.new_item_app import new_item_api
+from mim_ray.serving.new_item_encoder import NewItemEncoder
 from mim_ray.serving.query_encoder import QueryEncoder
-from mim_ray.serving.ranker import RankingService, ranking_api
+from mim_ray.serving.ranker import RankingService
+from mim_ray.serving.ranking_app import ranking_api
 from mim_ray.serving.served import Served
 from mim_ray.serving.similar import SimilarItems
 from mim_ray.training.checkpoint import with_prefix

@@ -29,7 +29,8 @@ from mim_ray.representation_center.updates import append_segment, segment_rows
 from mim_ray.serving.machines import load_current
 from mim_ray.serving.messages import RankRequest, RankResponse
 from mim_ray.serving.promotion import promote_version
-from mim_ray.serving.ranker import RankingService, ranking_api
+from mim_ray.serving.ranker import RankingService
+from mim_ray.serving.ranking_app import ranking_api
 from mim_ray.serving.served import Served
 
 pytestmark = pytest.mark.ray

@@ -10,7 +10,8 @@ from mim_ray.serving import metrics_hub
 from mim_ray.serving.limits import guarded
 from mim_ray.serving.metrics import Metrics, Versions, counted
 from mim_ray.serving.metrics_hub import Reports, add_metrics_routes, text_of
-from mim_ray.serving.ranker import RankingService, ranking_api
+from mim_ray.serving.ranker import RankingService
+from mim_ray.serving.ranking_app import ranking_api
 from mim_ray.serving.served import Served
 
 

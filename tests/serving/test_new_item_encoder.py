@@ -12,7 +12,8 @@ from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import WindowTail, fold
 from mim_ray.serving.decoding import TimeLeft
 from mim_ray.serving.messages import NewItemsRequest
-from mim_ray.serving.new_item_encoder import NewItemEncoder, new_item_api
+from mim_ray.serving.new_item_app import new_item_api
+from mim_ray.serving.new_item_encoder import NewItemEncoder
 from mim_ray.serving.pictures import Pictures
 
 

@@ -20,9 +20,11 @@ from mim_ray.representation_center.release import read_release, releases
 from mim_ray.representation_center.snapshot_line import list_snapshots
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import fold
-from mim_ray.serving.new_item_encoder import NewItemEncoder, bind_new_item_encoder, new_item_api
+from mim_ray.serving.new_item_app import bind_new_item_encoder, new_item_api
+from mim_ray.serving.new_item_encoder import NewItemEncoder
 from mim_ray.serving.promotion import promote_version, return_to
-from mim_ray.serving.ranker import RankingService, bind_ranking
+from mim_ray.serving.ranker import RankingService
+from mim_ray.serving.ranking_app import bind_ranking
 from mim_ray.serving.served import Served
 
 NEW = "csft-of-tomorrow"

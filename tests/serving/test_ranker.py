@@ -18,7 +18,8 @@ from mim_ray.representation_center.updates import append_segment, segment_rows
 from mim_ray.serving.answers import reasons
 from mim_ray.serving.messages import RankRequest
 from mim_ray.serving.query_encoder import QueryEncoder
-from mim_ray.serving.ranker import RankingService, bind_ranking, ranking_api
+from mim_ray.serving.ranker import RankingService
+from mim_ray.serving.ranking_app import bind_ranking, ranking_api
 from mim_ray.serving.served import Served
 from mim_ray.training.checkpoint import with_prefix
 

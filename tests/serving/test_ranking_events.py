@@ -6,7 +6,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from mim_ray.serving.events import read_events
-from mim_ray.serving.ranker import RankingService, ranking_api
+from mim_ray.serving.ranker import RankingService
+from mim_ray.serving.ranking_app import ranking_api
 from mim_ray.serving.served import Served
 
 

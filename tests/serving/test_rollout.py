@@ -21,9 +21,11 @@ from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.release import promote, read_release
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.serving.messages import RankRequest
-from mim_ray.serving.new_item_encoder import NewItemEncoder, new_item_api
+from mim_ray.serving.new_item_app import new_item_api
+from mim_ray.serving.new_item_encoder import NewItemEncoder
 from mim_ray.serving.promotion import promote_version, return_to
-from mim_ray.serving.ranker import RankingService, ranking_api
+from mim_ray.serving.ranker import RankingService
+from mim_ray.serving.ranking_app import ranking_api
 from mim_ray.serving.release_check import ReleaseCheck
 from mim_ray.serving.served import Served
 

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 
 from mim_ray.errors import ConfigError
 from mim_ray.serving.keys import new_key
-from mim_ray.serving.ranker import bind_ranking
+from mim_ray.serving.ranking_app import bind_ranking
 
 pytestmark = pytest.mark.ray
 KEY, LINE = new_key("shop", ["rank"])

@@ -20,7 +20,8 @@ from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import append_segment, segment_rows
 from mim_ray.serving.loaded import Loaded
 from mim_ray.serving.query_encoder import QueryEncoder
-from mim_ray.serving.ranker import RankingService, ranking_api
+from mim_ray.serving.ranker import RankingService
+from mim_ray.serving.ranking_app import ranking_api
 from mim_ray.serving.served import Served
 from mim_ray.serving.similar import SimilarItems
 

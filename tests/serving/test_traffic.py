@@ -13,7 +13,8 @@ from mim_ray.config.scenario import Arm
 from mim_ray.errors import ArtifactError, ConfigError
 from mim_ray.representation_center.release import promote
 from mim_ray.serving.exposures import exposure_log, user_hash
-from mim_ray.serving.ranker import RankingService, bind_ranking, ranking_api
+from mim_ray.serving.ranker import RankingService
+from mim_ray.serving.ranking_app import bind_ranking, ranking_api
 from mim_ray.serving.served import Served
 from mim_ray.serving.traffic import Traffic, arm_of, arms_of
 
