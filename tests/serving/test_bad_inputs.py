@@ -11,6 +11,7 @@ import json
 import logging
 import struct
 import sys
+import urllib.parse
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ class Route:
 ROUTES = {
     "rank": Route("ranking", "/v1/rank", {"user_id": USER, "candidates": ["i1", "i2"]}),
     "items": Route("items", "/v1/items", {"item_id": "bad-inputs", "title": "red mug"}),
+    "events": Route("ranking", "/v1/events", {"user_id": USER, "item_id": "i1", "event": "click"}),
+    "search": Route("ranking", "/v1/search/image", {"title": "red mug"}),
 }
 
 
@@ -81,7 +84,7 @@ ANY_BODY = {
     "a string": Bad("must be a JSON object", b'"private-user-4711"'),
     "a number": Bad("must be a JSON object", b"17"),
     "null": Bad("", b"null"),
-    "an empty object": Bad("missing", b"{}"),
+    "an empty object": Bad("", b"{}"),
     "a form": Bad("Content-Type", b"user_id=private-user-4711&candidates=i1", headers={"content-type": "application/x-www-form-urlencoded"}),
     "multipart": Bad("Content-Type", b"--x\r\n\r\n{}\r\n--x--", headers={"content-type": "multipart/form-data; boundary=x"}),
     "XML": Bad("Content-Type", b'<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><a>&b;</a>', headers={"content-type": "application/xml"}),
@@ -177,6 +180,33 @@ OWN = {
         "batch and item": Bad("no known key", changes={"items": [{"item_id": "a", "title": "t"}]}),
         "large batch": Bad("items", body=json.dumps({"items": [{"item_id": f"n{n}", "title": "t"} for n in range(257)]}).encode()),
         "id twice": Bad("occurs twice", body=b'{"items": [{"item_id": "a", "title": "t"}, {"item_id": "a", "title": "u"}]}'),
+    },
+    "events": {
+        "no user": Bad("user_id is missing", without="user_id"),
+        "no item": Bad("item_id is missing", without="item_id"),
+        "no event": Bad("event is missing", without="event"),
+        "user blank": Bad("blank", changes={"user_id": " "}),
+        "user with NUL": Bad("NUL", changes={"user_id": "\0"}),
+        "item a list": Bad("item_id", changes={"item_id": ["i1"]}),
+        "event with an escape": Bad("printable", changes={"event": "\x1b[31mclick"}),
+        "event long": Bad("event", changes={"event": "c" * 65}),
+        "revenue text": Bad("revenue", changes={"revenue": "'; DROP TABLE events; --"}),
+        "revenue a huge integer": Bad("revenue", changes={"revenue": 10**400}),
+        "time in the future": Bad("timestamp", changes={"timestamp": "2999-01-01T00:00:00Z"}),
+        "time without a zone": Bad("timestamp", changes={"timestamp": "2026-01-01T00:00:00"}),
+        "empty batch": Bad("events", body=b'{"events": []}'),
+        "large batch": Bad("events", body=json.dumps({"events": [{"user_id": "u", "item_id": "i", "event": "e"}] * 1_001}).encode()),
+        "one bad in a batch": Bad("events[1]", body=b'{"events": [{"user_id": "u", "item_id": "i1", "event": "click"}, {}]}'),
+    },
+    "search": {
+        "neither": Bad("image, a title", without="title"),
+        "blank": Bad("image, a title", changes={"title": " "}),
+        "title long": Bad("title", changes={"title": "t" * 100_001}),
+        "image no base64": Bad("base64", changes={"image": "<svg/>"}),
+        "image a URL": Bad("base64", changes={"image": "http://169.254.169.254/latest/meta-data/"}),
+        "top_k 0": Bad("top_k", changes={"top_k": 0}),
+        "top_k huge": Bad("top_k", changes={"top_k": 10**30}),
+        "category long": Bad("category", changes={"category": "c" * 257}),
     },
 }  # fmt: skip
 CASES = [(route, name, bad) for route in ROUTES for name, bad in (ANY_BODY | OWN[route]).items()]
@@ -304,9 +334,14 @@ def test_a_strange_id_is_an_id_like_any_other_and_never_a_path(clients, opened_f
         clients["ranking"].post("/v1/rank", json={"user_id": strange, "candidates": ["i1"]}).json()["num_behaviors"]
         == 0
     )
+    similar = clients["ranking"].get(f"/v1/similar/{urllib.parse.quote(strange, safe='')}")
+    assert similar.status_code in (404, 422)
+    assert set(similar.json()) == {"error"}
     posted = clients["items"].post("/v1/items", json={"item_id": strange, "title": "a thing", "category": strange})
     assert posted.status_code == 200, posted.text
     assert posted.json()["items"][0]["item_id"] == strange
+    event = {"user_id": strange, "item_id": strange, "event": "click", "event_id": strange}
+    assert clients["ranking"].post("/v1/events", json=event).status_code == 200
     assert opened_files, "the item's segment is a file"
     assert not [file for file in opened_files if "passwd" in file or (len(strange) > 8 and strange in file)]
 
