@@ -106,7 +106,9 @@ class Metrics:
         self._cosine = Summary(
             "mim_ray_embedding_cosine", "Cosine of MM vectors of candidates that follow each other.", registry=registry
         )
-        self._gauges: dict[str, Gauge] = {}
+        self._gauges = {
+            name: Gauge(name, text, ["app"], registry=registry) for name, (text, _) in GAUGES.items()
+        }  # all of them: one without a value is named still
         self._versions = versions
         self._version_info = Gauge(
             "mim_ray_version_info",
@@ -114,12 +116,12 @@ class Metrics:
             ["app", "model_version", "encoder_version", "release"],
             registry=registry,
         )
-        self._ongoing = self._gauge("mim_ray_ongoing_requests")
-        self._gauge("mim_ray_request_capacity").labels(app).set(capacity)
+        self._ongoing = self._gauges["mim_ray_ongoing_requests"]
+        self._gauges["mim_ray_request_capacity"].labels(app).set(capacity)
 
     def watch(self, name: str, value: Callable[[], float]) -> None:
         """Ask for the value of one of `GAUGES` whenever metrics are read."""
-        self._gauge(name).labels(self.app).set_function(value)
+        self._gauges[name].labels(self.app).set_function(value)
 
     def watch_embeddings(self, store: Callable[[], ParameterStore | None]) -> None:
         """How fresh the embeddings are that are read in this process; where it reads none there is no such sample."""
@@ -214,11 +216,6 @@ class Metrics:
             )
             for found in self._registry.collect()
         ]
-
-    def _gauge(self, name: str) -> Gauge:
-        if name not in self._gauges:
-            self._gauges[name] = Gauge(name, GAUGES[name][0], ["app"], registry=self._registry)
-        return self._gauges[name]
 
 
 def counted(api: ASGIApp, app: FastAPI, metrics: Metrics) -> ASGIApp:
