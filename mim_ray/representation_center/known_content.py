@@ -6,6 +6,7 @@ beside it, about 200 bytes for each item that changed since the snapshot.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,13 +16,17 @@ import pyarrow.compute as pc
 
 from mim_ray import artifacts
 from mim_ray.data.ids import Ids, hash_ids
+from mim_ray.errors import ArtifactError
 from mim_ray.representation_center.current_rows import current_row_numbers, times
 from mim_ray.representation_center.data_files import SCHEMA, DataFile
 from mim_ray.representation_center.key_index import KeyIndex, build_key_index, string_array
 from mim_ray.representation_center.snapshot import NO_TIME, Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
+from mim_ray.representation_center.table_tail import TableTail
 from mim_ray.representation_center.updates import WindowTail
 
+logger = logging.getLogger(__name__)
+_NOT_COMMITTED = np.iinfo(np.int64).max  # of a segment that is not folded yet: after all commits
 _COLUMNS = ["item_id", "content_hash", "content_at", "commit_version", "shard_id", "deleted"]
 
 
@@ -41,7 +46,7 @@ class Known:
 
 
 class KnownContent:
-    """Content of the current rows of an encoder version: those of the table when it was opened, and window segments since.
+    """Content of the current rows of an encoder version, followed through the window and the table's commits.
 
     Args:
         line: of the encoder version's snapshots; there may be none yet.
@@ -50,10 +55,13 @@ class KnownContent:
     def __init__(self, table: EmbeddingTable, window: str, encoder_version: str, *, line: str) -> None:
         self.encoder_version = encoder_version
         self._tail = WindowTail(window, encoder_version)
-        self._newer: dict[str, tuple[int, str | None]] = {}
+        self._commits: TableTail | None = None
+        self._problem = ""
+        self._newer: dict[str, tuple[int, int, str | None]] = {}  # item -> time, commit, hash
         self.refresh()  # before the table is read: a segment that is folded in between is seen in either
         self.snapshot = _open(line)
-        self._rows = _Rows.after(table, encoder_version, self.snapshot)
+        version, self._rows = _Rows.after(table, encoder_version, self.snapshot)
+        self._commits = TableTail(table, encoder_version, version)
 
     @property
     def is_empty(self) -> bool:
@@ -62,21 +70,38 @@ class KnownContent:
         return not (shown or len(self._rows.index) or self._newer)
 
     def refresh(self) -> None:
-        """Take in what any process has added to the window."""
-        for _, rows in self._tail.poll():
+        """Take in what any process has added to the window or committed (a refresh's deletions, say).
+
+        A damaged segment is left out; the others are taken in.
+        """
+        try:
+            segments = self._tail.poll()
+        except ArtifactError as error:
+            segments = []
+            if str(error) != self._problem:
+                logger.error("%s", error)
+            self._problem = str(error)
+        for _, rows in segments:
             self.add(rows)
+        if self._commits is not None:
+            for file in self._commits.poll():
+                for rows in file.batches(_COLUMNS):
+                    self.add(rows)
+            self._commits.done()
 
     def add(self, rows: pa.Table) -> None:
-        """Take in the rows of a window segment."""
+        """Take in rows of a window segment, or of the table."""
         hashes = [
             None if deleted else content
             for deleted, content in zip(rows["deleted"].to_pylist(), rows["content_hash"].to_pylist(), strict=True)
         ]
-        for item_id, content, at in zip(
-            rows["item_id"].to_pylist(), hashes, times(rows["content_at"]).tolist(), strict=True
+        in_table = "commit_version" in rows.column_names
+        commits = rows["commit_version"].to_pylist() if in_table else [_NOT_COMMITTED] * len(rows)
+        for item_id, content, at, commit in zip(
+            rows["item_id"].to_pylist(), hashes, times(rows["content_at"]).tolist(), commits, strict=True
         ):
-            if at >= self._newer.get(item_id, (NO_TIME, None))[0]:
-                self._newer[item_id] = (at, content)
+            if (at, commit) >= self._newer.get(item_id, (NO_TIME, -1))[:2]:
+                self._newer[item_id] = (at, commit, content)
 
     def look_up(self, item_ids: Ids) -> Known:
         """What is known of these items."""
@@ -137,7 +162,7 @@ class KnownContent:
             newer = self._newer.get(item_id)
             if newer is not None and (newer[0] >= content_at[place] or not found[place]):
                 content_at[place], found[place], changed[place] = newer[0], True, True
-                values.append(newer[1])
+                values.append(newer[2])
         return pc.replace_with_mask(hashes, pa.array(changed), pa.array(values, pa.string())) if values else hashes
 
 
@@ -154,14 +179,14 @@ class _Rows:
         self.content_at = times(rows["content_at"])
 
     @classmethod
-    def after(cls, table: EmbeddingTable, encoder_version: str, snapshot: Snapshot | None) -> _Rows:
-        """The table's rows that the snapshot does not show."""
+    def after(cls, table: EmbeddingTable, encoder_version: str, snapshot: Snapshot | None) -> tuple[int, _Rows]:
+        """The table's version, and its rows that the snapshot does not show."""
         nothing = pa.schema([SCHEMA.field(name) for name in _COLUMNS]).empty_table()
-        if not table.exists():
-            return cls(nothing)
         after = -1 if snapshot is None else snapshot.delta_version
-        _, files = table.scan(encoder_version, newer_than=after)
-        return cls(pa.concat_tables([nothing, *(part for file in files for part in _unshown(file, snapshot))]))
+        if not table.exists():
+            return after, cls(nothing)
+        version, files = table.scan(encoder_version, newer_than=after)
+        return version, cls(pa.concat_tables([nothing, *(part for file in files for part in _unshown(file, snapshot))]))
 
 
 def _unshown(file: DataFile, snapshot: Snapshot | None) -> Iterator[pa.Table]:

@@ -47,7 +47,7 @@ class MachineCalls:
     def known(self) -> dict[tuple[int, int], ActorHandle]:
         """All that are there."""
         if len(self._actors) == self._settings.shards * self._settings.replicas:
-            return self._actors
+            return dict(self._actors)
         for shard in range(self._settings.shards):
             for replica in range(self._settings.replicas):
                 try:

@@ -71,15 +71,18 @@ class Client:
         return self._call("POST", "/v1/rank", {"user_id": user_id, "candidates": list(candidates), **more})
 
     def items(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """POST /v1/items. `image` may be bytes. Raises as `rank`."""
+        """POST /v1/items. `image` may be bytes; `content_at` is now where it is not given, so that a second try is no newer
+        content. Raises as `rank`."""
+        now = datetime.now(UTC).isoformat()
         encoded = [
-            {
+            {"content_at": now}
+            | {
                 name: base64.b64encode(value).decode() if isinstance(value, bytes) else _plain(value)
                 for name, value in item.items()
             }
             for item in items
         ]
-        return self._call("POST", "/v1/items", {"items": encoded}, idempotency_key=uuid.uuid4().hex)
+        return self._call("POST", "/v1/items", {"items": encoded})
 
     def events(self, events: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None) -> dict[str, Any]:
         """POST /v1/events. `timestamp` may be a datetime with a time zone. Raises as `rank`.

@@ -196,7 +196,7 @@ def parse(text: str) -> Url:
         )
     scheme, host, port, path, query = found[1].lower(), found[2].lower(), found[3], found[4] or "/", found[5] or ""
     once = unquote_to_bytes(path)
-    segments = once.split(b"/")
+    segments = [segment.partition(b";")[0] for segment in once.split(b"/")]  # some servers read `..;` as `..`
     if b"." in segments or b".." in segments or _HIDDEN.search(path.encode()) or _HIDDEN.search(once) or b"\\" in once:
         raise RequestError("image_url has `.` or `..` in its path, or hides dots or slashes in it.", 422)
     number = int(port) if port else _PORTS[scheme]

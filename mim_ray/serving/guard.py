@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mim_ray.config.scenario import Serving
 from mim_ray.errors import RequestError
 from mim_ray.serving.json_limits import check_json
-from mim_ray.serving.keys import KeyRing
+from mim_ray.serving.keys import OPEN, PAGE, KeyRing, needed_scope
 
 logger = logging.getLogger("ray.serve")
 
@@ -47,10 +47,12 @@ class Guard:
             return
         try:
             self._check_caller(scope)
-            body = await self._body(scope, receive)
+            body = (
+                b"" if needed_scope(scope["path"]) in (OPEN, PAGE) else await self._body(scope, receive)
+            )  # those routes read none
             if body is None:
                 return
-            if _is_json(scope):
+            if body and _is_json(scope):
                 check_json(body, self._serving.max_json_values)
         except _Refused as refused:
             await _send(send, refused)
@@ -85,6 +87,11 @@ class Guard:
             raise _Refused(403, text)
         if not all(is_loopback(_host_of(origin)) for origin in _headers(scope, b"origin")):
             raise _Refused(403, "This app has no API keys, so it does not answer the pages of other sites.")
+        hosts = [_host_of(b"//" + host) for host in _headers(scope, b"host")]
+        if _headers(scope, b"sec-fetch-site") and not all(
+            is_loopback(host) for host in hosts
+        ):  # a name that leads here
+            raise _Refused(403, "This app has no API keys, so browsers reach it as localhost or 127.0.0.1 only.")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """None: the caller went away."""

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from mim_ray.errors import RequestError
 
 MAX_JSON_DEPTH = 32
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},]', re.DOTALL)
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},"]', re.DOTALL)  # a lone quote: a string without end, found once
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -67,6 +67,8 @@ def _check_size(body: bytes, max_values: int) -> None:
             depth -= 1
         elif token == b",":
             values += 1
+        elif token == b'"':
+            raise RequestError("The body is no valid JSON: a string in it does not end.", 422)
         if values > max_values:
             raise RequestError(f"The body's JSON holds more than {max_values:,} values. Split the request.", 422)
 
@@ -74,8 +76,8 @@ def _check_size(body: bytes, max_values: int) -> None:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         name = f'"{twice}"' if re.fullmatch(r"[a-z_]{1,40}", twice) else "A key"
         raise RequestError(f"{name} occurs twice in one object of the body. Send it once.", 422)
     return found

@@ -73,7 +73,10 @@ class NearestRows:
             fcntl.flock(lock, fcntl.LOCK_EX)  # falls with the process
             if not path.exists():
                 _write(path, *_build(snapshot, exact_rows, recall))
-                for old in sorted(folder.glob(f"{line}-*.faiss"))[:-KEPT_INDEXES]:  # ids sort by time
+                others = [
+                    other for other in sorted(folder.glob(f"{line}-*.faiss")) if other != path
+                ]  # ids sort by time
+                for old in others[: 1 - KEPT_INDEXES]:
                     old.with_suffix(".json").unlink(missing_ok=True)
                     old.unlink(missing_ok=True)
             described = json.loads(path.with_suffix(".json").read_text())

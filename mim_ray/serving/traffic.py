@@ -7,15 +7,19 @@ while the arms and their weights stay, and it has nothing to do with the arms of
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import Arm, Serving
+from mim_ray.errors import MimRayError
 from mim_ray.serving.exposures import Exposures, shown_now
 from mim_ray.serving.messages import RankRequest, RankResponse
 from mim_ray.serving.query import QueryVector
 from mim_ray.serving.served import Served
+
+logger = logging.getLogger("ray.serve")
 
 
 class Ranks(Protocol):
@@ -45,7 +49,11 @@ class Traffic:
         log = bool(serving.arms) if serving.log_exposures is None else serving.log_exposures
         return cls(
             serving,
-            {name: open_service(other) for name, other in arms.items()},
+            {
+                name: service
+                for name, other in arms.items()
+                if (service := _open(name, other, open_service)) is not None
+            },
             Exposures.open(served.center, serving) if log else None,
         )
 
@@ -68,6 +76,15 @@ class Traffic:
                 )
             )
         return answer
+
+
+def _open(name: str, served: Served, open_service: Callable[[Served], Ranks]) -> Ranks | None:
+    """None, and a line in the log, where it cannot be opened: a replica that dies must come back for all other users."""
+    try:
+        return open_service(served)
+    except MimRayError as error:
+        logger.error("The arm %s cannot be served; its users get what everybody gets: %s", name, error)
+        return None
 
 
 def arm_of(user_id: str, experiment: str, weights: Mapping[str, float]) -> str | None:

@@ -242,6 +242,7 @@ def test_each_method_asks_what_the_apps_understand(server, client):
     client.items([{"item_id": "n", "image": b"\x89PNG", "content_at": at}])
     client.similar("a/b ü", top_k=3, category=None)
     ranked, events, items, similar = server.seen
+    assert "Idempotency-Key" not in items["headers"]
     assert (ranked["path"], ranked["body"]) == (
         "/v1/rank", {"user_id": "ü/1", "candidates": ["i1", "i2"], "top_k": 1},
     )  # fmt: skip

@@ -194,6 +194,8 @@ ELSEWHERE = [
     "http://cdn.example/shop/a.png%00",
     "http://cdn.example/shop/a.png#part",
     "http://cdn.example/shop/a b.png",
+    "http://cdn.example/shop/..;/private/a.png",
+    "http://cdn.example/shop/..%3bx/private/a.png",
     "http://cdn.example/shop/a.png\r\nX-Evil: 1",
     "http://cdn.example/shop/a\tb.png",
     " http://cdn.example/shop/a.png",

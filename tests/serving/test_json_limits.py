@@ -31,6 +31,11 @@ BAD = {
     "deep lists": (b"[" * 100 + b"]" * 100, "deeper than"),
     "very deep lists": (b"[" * 200_000, "deeper than"),
     "deep objects": (b'{"a":' * 100 + b"1" + b"}" * 100, "deeper than"),
+    "a string without end after many brackets": (b"[]" * 33 + b'"' + b'\\"' * 500_000, "does not end"),
+    "many keys, the last one twice": (
+        b"{" + b",".join(b'"k%d":0' % n for n in range(900)) + b',"k899":1}',
+        "occurs twice",
+    ),
     "many numbers": (b"[" + b"0," * 1_000 + b"0]", "more than 1,000 values"),
     "many lists": (b"[" + b"[]," * 1_000 + b"[]]", "more than 1,000 values"),
 }

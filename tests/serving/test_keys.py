@@ -227,6 +227,9 @@ def test_without_keys_only_this_machine_is_answered():
     assert here.post("/v1/rank", headers={"Origin": "http://localhost:8000"}).status_code == 200
     for origin in ("https://evil.example", "http://127.0.0.1.evil.example:8000", "null", "http://[::"):
         assert here.post("/v1/rank", headers={"Origin": origin}).status_code == 403, origin
+    browser = {"Sec-Fetch-Site": "same-origin"}
+    assert here.get("/v1/similar/a", headers=browser | {"Host": "evil.example:8000"}).status_code == 403
+    assert here.get("/v1/similar/a", headers=browser | {"Host": "localhost:8000"}).status_code == 404
 
 
 def test_the_command_prints_a_key_that_its_line_lets_in(capsys):

@@ -109,6 +109,14 @@ def test_another_snapshot_has_an_index_of_its_own_and_the_oldest_is_deleted(tmp_
     assert len(list((tmp_path / "cache" / "nearest").glob("*.faiss"))) == nearest_rows.KEPT_INDEXES
 
 
+def test_a_roll_back_to_an_older_snapshot_keeps_the_index_that_it_builds(tmp_path):
+    older, *_ = snapshots = [make(tmp_path, 50, seed=seed) for seed in range(4)]
+    for snapshot in (*snapshots, older):
+        nearest = NearestRows.open(snapshot, exact_rows=100, recall=0.9)
+        assert nearest.search(snapshot.gather(np.array([3]))[0], 1)[0].tolist() == [3]
+    assert len(list((tmp_path / "cache" / "nearest").glob("*.faiss"))) == nearest_rows.KEPT_INDEXES
+
+
 def test_an_empty_snapshot_has_no_neighbors(tmp_path):
     nearest = NearestRows.open(make(tmp_path, 0), exact_rows=100, recall=0.9)
     assert len(nearest.search(np.ones(WIDTH, np.float32), 5)[0]) == 0

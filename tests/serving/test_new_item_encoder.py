@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 from mim_ray.data.transforms import content_hash, decode_image
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.representation_center.table import EmbeddingTable
-from mim_ray.representation_center.updates import WindowTail, fold
+from mim_ray.representation_center.updates import WindowTail, fold, segment_rows
 from mim_ray.serving.decoding import TimeLeft
 from mim_ray.serving.messages import NewItemsRequest
 from mim_ray.serving.new_item_app import new_item_api
@@ -58,6 +58,18 @@ def test_an_image_and_title_become_the_embedding_that_extraction_would_make(clie
     pixels = decode_image(image, network.picture)
     expected = encode_batch(network, ["red mug"], pixels[None], np.array([True]))
     np.testing.assert_allclose(np.array(rows["embedding"].to_pylist()), expected, atol=1e-6)
+
+
+def test_an_item_that_a_refresh_has_deleted_is_stored_when_it_comes_back(client, encoder, small_run):
+    body = {"item_id": "i3", "title": "a thing that goes and comes"}
+    assert client.post("/v1/items", json=body).json()["items"][0]["changed"]
+    vectors = np.zeros((1, small_run.scenario.encoders.width), np.float32)
+    gone = segment_rows(["i3"], vectors, content_hashes=[""], content_at=[datetime.now(UTC)], deleted=[True])
+    EmbeddingTable(f"{small_run.root}/center/table").append(
+        gone, encoder_version=encoder.encoder_version, shard_id="refresh"
+    )
+    assert client.post("/v1/items", json=body).json()["items"][0]["changed"]
+    assert not client.post("/v1/items", json=body).json()["items"][0]["changed"]
 
 
 def test_one_modality_is_enough(client, encoder, small_run, picture):

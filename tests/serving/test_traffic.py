@@ -13,6 +13,7 @@ from mim_ray.config.scenario import Arm
 from mim_ray.errors import ArtifactError, ConfigError
 from mim_ray.representation_center.release import promote
 from mim_ray.serving.exposures import exposure_log, user_hash
+from mim_ray.serving.messages import RankRequest
 from mim_ray.serving.ranker import RankingService
 from mim_ray.serving.ranking_app import bind_ranking, ranking_api
 from mim_ray.serving.served import Served
@@ -134,6 +135,22 @@ def test_an_experiment_with_a_model_that_is_not_there_does_not_start(small_run):
     serving = small_run.scenario.serving.model_copy(update={"arms": {"a": Arm(variant="din-base")}})
     with pytest.raises(ArtifactError):
         bind_ranking(small_run.scenario.model_copy(update={"serving": serving}))
+
+
+def test_an_arm_that_is_gone_when_a_replica_comes_back_costs_nobody_an_answer(experiment, caplog):
+    scenario, served = experiment
+
+    def gone(served: Served) -> RankingService:
+        raise ArtifactError(f"{served.ctr} is not there.")
+
+    traffic = Traffic.open(scenario.serving, served, arms_of(scenario, served), gone)
+    everybody = RankingService.open(served, scenario.serving)
+    for user in ("u1", "u2", "u3", "u4", "u5", "u6"):
+        answer = traffic.rank(RankRequest(user_id=user, candidates=["i1"]), everybody)
+        assert answer.model_version == everybody.model_version
+    assert "The arm other cannot be served" in caplog.text
+    everybody.embeddings.stop()
+    everybody.behaviors.stop()
 
 
 def test_without_arms_nothing_is_logged_unless_it_is_wanted(small_run):
