@@ -41,12 +41,12 @@ def serve_run(scenario: Scenario) -> None:
         ConfigError: the port is taken, or strangers could call.
     """
     layout = Layout.of(scenario)
-    served = _finished(scenario, layout)
+    _check_finished(scenario, layout)
     _check_port(scenario.serving.host, scenario.serving.port)
     print(f"Starting both apps for {layout.root} …", flush=True)
     with tempfile.TemporaryDirectory(prefix="mim_ray-") as folder, cluster(scenario.run):
         try:
-            base = local.start(scenario, served)
+            base = local.start(scenario)
             requests = requests_to_try(scenario, layout, base, Path(folder))
             print(f"They listen on {base}. Try in another terminal:\n")
             for request in requests:
@@ -93,14 +93,13 @@ def requests_to_try(scenario: Scenario, layout: Layout, base: str, folder: Path)
     ]
 
 
-def _finished(scenario: Scenario, layout: Layout) -> Served:
+def _check_finished(scenario: Scenario, layout: Layout) -> None:
     try:
         served = Served.of(scenario)
     except ArtifactError as error:
         raise ArtifactError(f"{layout.root} holds nothing to serve yet. Run make demo first. ({error})") from None
     if not artifacts.exists(f"{served.ctr}/ctr.json"):
         raise ArtifactError(f"{served.ctr} holds no finished CTR model. Run make demo first, to its end.")
-    return served
 
 
 def _check_port(host: str, port: int) -> None:

@@ -117,7 +117,7 @@ def test_ages_of_a_request_are_those_of_the_row(items: ItemIndex, monkeypatch: p
     ranker.score("u", [], ["a"], behavior_times=[], timestamp=AT)
     offline = _encoder(items, features, 2).encode(_rows([behaviors], [times])).behavior_age_s
     assert offline is not None
-    assert torch.equal(seen[0].behavior_age_s, offline.expand(2, 2))
+    assert torch.equal(seen[0].behavior_age_s, offline), "once for all candidates"
     assert seen[1].behavior_age_s.tolist() == [[100, 100]]
     assert seen[2].behavior_age_s.tolist() == [[0]]
 
