@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -199,9 +200,48 @@ class _Connection:
             self._reader = self._writer = None
 
 
-def order_of(**settings: Any) -> str:
-    """A line for the process."""
-    return json.dumps(asdict(Order(**settings))) + "\n"
+class Load:
+    """The process, seen from the benchmark: gives orders, one at a time."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def closed(self, url: str, log: Path, *, connections: int, seconds: float) -> Outcomes:
+        """Ask on so many connections for so long."""
+        return self._do(Order(url, str(log), connections, self._key, seconds=seconds))
+
+    def open(
+        self, url: str, log: Path, *, phases: list[tuple[float, float]], seed: int, connections: int = 256
+    ) -> Outcomes:
+        """Ask when requests are due: `phases` of (requests per second, seconds)."""
+        return self._do(Order(url, str(log), connections, self._key, phases=phases, seed=seed))
+
+    def _do(self, order: Order) -> Outcomes:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(order)) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the load generator ended with {self._process.wait()}: see its error above")
+        return Outcomes(**json.loads(line))
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        if kind is not None:
+            self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
 
 
 if __name__ == "__main__":

@@ -80,9 +80,7 @@ def make_run(folder: Path, shop: Shop) -> None:
     (root / "samples" / "behaviors").mkdir(parents=True)
     users = [user_id(length, number) for length in shop.lengths for number in range(shop.num_users)]
     rows = [random.integers(0, shop.num_items, length) for length in shop.lengths for _ in range(shop.num_users)]
-    times = [
-        [START - timedelta(minutes=5 * (len(items) - place)) for place in range(len(items))] for items in rows
-    ]
+    times = [[START - timedelta(minutes=5 * (len(items) - place)) for place in range(len(items))] for items in rows]
     behaviors = {"user_id": users, "behaviors": [item_ids(items) for items in rows], "behavior_times": times}
     pq.write_table(pa.table(behaviors), root / "samples" / "behaviors" / "part-0.parquet")
     for variant in MODELS:

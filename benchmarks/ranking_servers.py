@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-START_S = 240.0
+START_S = 600.0
 END_S = 40.0
 THREADS = 1  # of torch, in each process
 PATH = "/v1/rank"
