@@ -52,7 +52,7 @@ class Shop:
     width: int = 128
 
 
-def scenario_of(folder: Path) -> Scenario:
+def scenario_of(folder: Path, variant: str = "din-mim") -> Scenario:
     """The scenario that finds the run in `folder`: `tiny`, with the paper's width, and API keys."""
     sizes = json.loads((folder / "shop.json").read_text())
     return load_scenario(
@@ -61,6 +61,7 @@ def scenario_of(folder: Path) -> Scenario:
             f"run.root={folder}/run",
             f"encoders.width={sizes['width']}",
             f"ciubm.max_behaviors={max(sizes['lengths'])}",
+            f"serving.variant={variant}",
             "serving.similar_items=false",
             f"serving.keys_file={folder}/keys",
         ],

@@ -171,10 +171,8 @@ def _uvicorn(folder: Path, variant: str, number: int) -> None:
     from mim_ray.serving.traffic import Traffic
 
     torch.set_num_threads(THREADS)
-    scenario = scenario_of(folder)
-    serving = scenario.serving.model_copy(update={"variant": variant})
-    scenario = scenario.model_copy(update={"serving": serving})
-    served = Served.of(scenario)
+    scenario = scenario_of(folder, variant)
+    serving, served = scenario.serving, Served.of(scenario)
     service = RankingService.open(served, serving, scenario.machines, scenario)
     api = ranking_api(service, serving, Traffic.open(serving, served, {}, lambda other: service))
     server = uvicorn.Server(uvicorn.Config(api, access_log=False, log_level="warning", lifespan="off"))
@@ -196,8 +194,8 @@ def _serve(folder: Path, variant: str, processes: int, port: int) -> None:
 
     from mim_ray.serving.ranker import bind_ranking
 
-    scenario = scenario_of(folder)
-    changes = {"variant": variant, "num_replicas": processes, "cpus_per_replica": float(THREADS)}
+    scenario = scenario_of(folder, variant)
+    changes = {"num_replicas": processes, "cpus_per_replica": float(THREADS)}
     scenario = scenario.model_copy(update={"serving": scenario.serving.model_copy(update=changes)})
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     ray.init(
