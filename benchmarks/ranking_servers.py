@@ -20,6 +20,7 @@ from types import TracebackType
 START_S = 600.0
 END_S = 40.0
 THREADS = 1  # of torch, in each process
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120"}
 PATH = "/v1/rank"
 
 
@@ -58,7 +59,7 @@ class Server:
         (port,) = free_ports(1)
         log = folder / f"{name}.log"
         command = ["serve", str(folder), variant, str(processes), str(port)]
-        return cls(name, port, [_start(command, log, fast_path(folder) if fast else {})], log)
+        return cls(name, port, [_start(command, log, PATIENCE | (fast_path(folder) if fast else {}))], log)
 
     def wait(self) -> None:
         """Until it is ready in all its processes.
@@ -198,13 +199,7 @@ def _serve(folder: Path, variant: str, processes: int, port: int) -> None:
     changes = {"num_replicas": processes, "cpus_per_replica": float(THREADS)}
     scenario = scenario.model_copy(update={"serving": scenario.serving.model_copy(update=changes)})
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    ray.init(
-        "local",
-        num_cpus=processes + 1,
-        include_dashboard=False,
-        object_store_memory=200_000_000,
-        runtime_env={"env_vars": {"PYTHONPATH": path}},
-    )
+    _start_ray(processes + 1, path)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     try:
         options = {"host": "127.0.0.1", "port": port, "request_timeout_s": 30.0}
@@ -215,6 +210,26 @@ def _serve(folder: Path, variant: str, processes: int, port: int) -> None:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _start_ray(num_cpus: int, path: str) -> None:
+    """Ray gives its node half a minute to start, which is not enough where the machine is busy: then once more, and again."""
+    import ray
+
+    for left in (2, 1, 0):
+        try:
+            ray.init(
+                "local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=200_000_000,
+                runtime_env={"env_vars": {"PYTHONPATH": path}},
+            )
+            return
+        except Exception:  # what Ray raises then is nothing more special
+            ray.shutdown()
+            if not left:
+                raise
 
 
 if __name__ == "__main__":
