@@ -59,7 +59,7 @@ class Server:
         (port,) = free_ports(1)
         log = folder / f"{name}.log"
         command = ["serve", str(folder), variant, str(processes), str(port)]
-        return cls(name, port, [_start(command, log, PATIENCE | (fast_path(folder) if fast else {}))], log)
+        return cls(name, port, [_start(command, log, PATIENCE | (fast_path() if fast else {}))], log)
 
     def wait(self) -> None:
         """Until it is ready in all its processes.
@@ -119,19 +119,14 @@ def free_ports(count: int) -> list[int]:
             probe.close()
 
 
-def fast_path(folder: Path) -> dict[str, str]:
-    """The environment of Serve's fast path; its files and ports apart from those of another Serve on the machine."""
+def fast_path() -> dict[str, str]:
+    """The environment of Serve's fast path; its ports apart from those of another Serve on the machine."""
     metrics, stats = free_ports(2)
-    place = f"{folder}/haproxy"
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{place}/haproxy.cfg",
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{place}/admin.sock",
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": place,
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{place}/server-state",
     }
 
 
