@@ -13,8 +13,8 @@ import numpy as np
 from measuring import seconds_in_turn
 from ranking_figures import failed, latencies_ms, of_pairs, overload, p50, rate, statuses
 from ranking_load import Load, Outcomes
-from ranking_run import Shop, log_of_requests, make_run, scenario_of
-from ranking_servers import THREADS, NotStartedError, Server
+from ranking_run import Shop, log_of_requests, make_run
+from ranking_servers import THREADS, NotStartedError, Server, scenario_of
 
 from mim_ray.serving.keys import new_key
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from ranking_servers import scenario_of
 
 from mim_ray import artifacts
 from mim_ray.ciubm.export import save_model
@@ -24,10 +25,8 @@ from mim_ray.ciubm.model import CtrNetwork
 from mim_ray.ciubm.recipe import network_config
 from mim_ray.ciubm.tables import IdTables
 from mim_ray.ciubm.vocabulary import ItemIndex, Vocabulary
-from mim_ray.config import Scenario, load_scenario
+from mim_ray.config import Scenario
 from mim_ray.config.scenario import Encoders
-from mim_ray.encoders.item_encoder import ItemEncoder
-from mim_ray.encoders.tokenizer import train_tokenizer
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import segment_rows
@@ -50,22 +49,6 @@ class Shop:
     num_users: int = 500
     lengths: tuple[int, ...] = (50,)
     width: int = 128
-
-
-def scenario_of(folder: Path, variant: str = "din-mim") -> Scenario:
-    """The scenario that finds the run in `folder`: `tiny`, with the paper's width, and API keys."""
-    sizes = json.loads((folder / "shop.json").read_text())
-    return load_scenario(
-        "tiny",
-        [
-            f"run.root={folder}/run",
-            f"encoders.width={sizes['width']}",
-            f"ciubm.max_behaviors={max(sizes['lengths'])}",
-            f"serving.variant={variant}",
-            "serving.similar_items=false",
-            f"serving.keys_file={folder}/keys",
-        ],
-    )
 
 
 def make_run(folder: Path, shop: Shop) -> None:
@@ -111,6 +94,9 @@ def log_of_requests(shop: Shop, *, num: int, candidates: int, length: int, seed:
 
 
 def _save_encoder(encoders: Encoders, folder: Path) -> str:
+    from mim_ray.encoders.item_encoder import ItemEncoder
+    from mim_ray.encoders.tokenizer import train_tokenizer
+
     titles = [f"thing {row}" for row in range(200)]
     ItemEncoder.build(encoders, train_tokenizer(titles, 200), seed=0).save(str(folder), stage="csft")
     version = ItemEncoder.load(str(folder)).encoder_version

@@ -8,14 +8,20 @@ They end when their input does. `Server` is the other end: it starts them, and e
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mim_ray.config import Scenario
 
 START_S = 600.0
 END_S = 40.0
@@ -108,6 +114,24 @@ class Server:
         self.stop()
 
 
+def scenario_of(folder: Path, variant: str = "din-mim") -> Scenario:
+    """The scenario that finds the run in `folder`: `tiny`, with the paper's width, and API keys."""
+    from mim_ray.config import load_scenario
+
+    sizes = json.loads((folder / "shop.json").read_text())
+    return load_scenario(
+        "tiny",
+        [
+            f"run.root={folder}/run",
+            f"encoders.width={sizes['width']}",
+            f"ciubm.max_behaviors={max(sizes['lengths'])}",
+            f"serving.variant={variant}",
+            "serving.similar_items=false",
+            f"serving.keys_file={folder}/keys",
+        ],
+    )
+
+
 def free_ports(count: int) -> list[int]:
     probes = [socket.socket() for _ in range(count)]
     try:
@@ -156,18 +180,15 @@ def _family(pid: int) -> list:
 
 def _uvicorn(folder: Path, variant: str, number: int) -> None:
     """The app of a replica, without Ray: the same service, guard, metrics and keys."""
-    import threading
-
+    scenario = scenario_of(folder, variant)  # before the slow imports: a wrong folder shows at once
     import torch
     import uvicorn
-    from ranking_run import scenario_of
 
     from mim_ray.serving.ranker import RankingService, ranking_api
     from mim_ray.serving.served import Served
     from mim_ray.serving.traffic import Traffic
 
     torch.set_num_threads(THREADS)
-    scenario = scenario_of(folder, variant)
     serving, served = scenario.serving, Served.of(scenario)
     service = RankingService.open(served, serving, scenario.machines, scenario)
     api = ranking_api(service, serving, Traffic.open(serving, served, {}, lambda other: service))
@@ -184,7 +205,6 @@ def _uvicorn(folder: Path, variant: str, number: int) -> None:
 
 def _serve(folder: Path, variant: str, processes: int, port: int) -> None:
     import ray
-    from ranking_run import scenario_of
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
