@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 START_S = 600.0
 END_S = 40.0
 THREADS = 1  # of torch, in each process
+QUEUED = 4  # requests that wait for a replica; with the default of 200 the last of them wait for seconds
 PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120"}
 PATH = "/v1/rank"
 
@@ -127,6 +128,7 @@ def scenario_of(folder: Path, variant: str = "din-mim") -> Scenario:
             f"ciubm.max_behaviors={max(sizes['lengths'])}",
             f"serving.variant={variant}",
             "serving.similar_items=false",
+            f"serving.max_queued_requests={QUEUED}",
             f"serving.keys_file={folder}/keys",
         ],
     )
