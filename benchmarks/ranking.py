@@ -55,7 +55,7 @@ class Plan:
     large: tuple[int, int] | None = (2_000, 200)
     num_items: int = 20_000
     num_users: int = 500
-    connections: tuple[int, ...] = (4, 8, 16)
+    connections: tuple[int, ...] = (2, 4, 8)  # more would wait in the queue, and be refused
     rounds: int = 7
     seconds: float = 4.0
     open_s: float = 10.0

@@ -136,7 +136,8 @@ def half_of_peak(bench: Bench, at_peak: Details) -> Details:
     """Poisson arrivals at half of what uvicorn can do, the same ones on both sides; p99 over all rounds."""
     plan, arrivals = bench.plan, at_peak["uvicorn_per_s"] / 2
     found: dict[str, list[np.ndarray]] = {side.name: [] for side in bench.sides()}
-    late = []
+    late: list[float] = []
+    refused = dict.fromkeys(found, 0)
     for number in range(plan.rounds):
         for side in bench.sides() if number % 2 == 0 else reversed(bench.sides()):
             outcomes = bench.load.open(
@@ -144,6 +145,7 @@ def half_of_peak(bench: Bench, at_peak: Details) -> Details:
             )
             found[side.name].append(latencies_ms(_whole(outcomes, side)))
             late += outcomes.late
+            refused[side.name] += outcomes.status.count(503)
     p99 = {name: float(np.percentile(np.concatenate(parts), 99)) for name, parts in found.items()}
     details: Details = {
         "arrivals_per_s": round(arrivals, 1),
@@ -160,6 +162,7 @@ def half_of_peak(bench: Bench, at_peak: Details) -> Details:
     of_rounds = of_pairs(pairs)["quartiles"]
     value = round(p99[bench.fast.name] / p99[bench.uvicorn.name], 4)
     own = {"value": value, "quartiles_of_rounds": of_rounds, "fast_p99_ms": round(p99[bench.fast.name], 2)}
+    own["fast_refused"] = refused[bench.fast.name]
     return {"p99_vs_uvicorn": own | details}
 
 
