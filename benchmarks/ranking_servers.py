@@ -186,7 +186,8 @@ def _uvicorn(folder: Path, variant: str, number: int) -> None:
     import torch
     import uvicorn
 
-    from mim_ray.serving.ranker import RankingService, ranking_api
+    from mim_ray.serving.ranker import RankingService
+    from mim_ray.serving.ranking_app import ranking_api
     from mim_ray.serving.served import Served
     from mim_ray.serving.traffic import Traffic
 
@@ -210,7 +211,7 @@ def _serve(folder: Path, variant: str, processes: int, port: int) -> None:
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
-    from mim_ray.serving.ranker import bind_ranking
+    from mim_ray.serving.ranking_app import bind_ranking
 
     scenario = scenario_of(folder, variant)
     changes = {"num_replicas": processes, "cpus_per_replica": float(THREADS)}

@@ -44,6 +44,7 @@ def test_the_upload_is_small_and_leaves_environment_and_runs_behind(head):
     assert f"from {uploaded.resolve()}" in answer.stdout, "the job must run the uploaded code"
 
 
+@pytest.mark.chaos  # half a minute; the sentence itself: tests/test_artifacts.py
 def test_a_submitted_job_refuses_a_relative_data_root_in_a_sentence(head):
     settings = (f"run.root={head.folder / 'refused'}", "data.root=data")
     answer = head.submit("python", "jobs/csft.py", "--config", "tiny", *settings)

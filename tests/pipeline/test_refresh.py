@@ -38,7 +38,7 @@ def line_with(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError("".join(seen))
 
 
-@pytest.mark.slow
+@pytest.mark.chaos  # a minute
 def test_rounds_follow_the_catalogue_and_a_second_job_leaves_with_a_sentence(tmp_path: Path) -> None:
     titles = [f"a red shoe {number}" for number in range(30)]
     folder = tmp_path / "data"

@@ -28,7 +28,7 @@ def residual(scenario: Scenario) -> Scenario:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize("num_workers", [2, pytest.param(3, marks=pytest.mark.chaos)])
 def test_gradients_of_dma_equal_those_of_one_worker_on_the_joined_batch(
     num_workers: int, gloo_workers: Callable[..., list[dict[str, Any]]]
 ) -> None:
@@ -72,6 +72,7 @@ def test_gradients_of_dma_equal_those_of_one_worker_on_the_joined_batch(
 
 
 @pytest.mark.distributed
+@pytest.mark.chaos  # half a minute; gradients are compared above
 def test_after_each_phase_all_workers_have_the_same_parameters_and_buffers(
     residual: Scenario, samples: str, gloo_workers: Callable[..., list[dict[str, Any]]]
 ) -> None:

@@ -223,6 +223,7 @@ def counting(url) -> Iterator[str]:
 COUNTED = ("mim_ray_requests_total", "counting", "/counting/pid", "2xx")
 
 
+@pytest.mark.chaos  # two more Serve workers
 def test_counters_of_two_replicas_are_summed(counting, url):
     pids = [requests.get(f"{counting}/pid", timeout=20).json() for _ in range(40)]
     assert len(set(pids)) == 2
