@@ -140,6 +140,7 @@ def check_worker(
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_a_job_killed_twice_in_a_row_ends_as_an_undisturbed_one(
     items: str, whole: tuple[EmbeddingTable, Extracted], tmp_path: Path
 ) -> None:
