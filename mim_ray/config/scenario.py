@@ -301,7 +301,8 @@ class Csft(Workers, Tuning):
     past_warmup_steps: Count = 100
     """Past batches join after this many steps: before, their embeddings drift too fast."""
     hard_negatives: bool = True
-    """One other item of the positive's category per pair (part of ST-NSG). A catalogue without categories needs false."""
+    """One other item of the positive's category per pair (part of ST-NSG), drawn evenly: items that few have bought are pushed
+    away from all. Where new items matter compare with false (docs/results.md). A catalogue without categories needs false."""
     text_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
     """alpha of Eq. 6 (paper: 0.5)."""
     image_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
