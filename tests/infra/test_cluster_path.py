@@ -78,6 +78,7 @@ def url(head):
     return f"http://127.0.0.1:{port}"
 
 
+@pytest.mark.chaos  # half a minute; serve deploy starts the same apps below
 def test_serve_run_serves_what_a_submitted_job_made(head, finished_run, url):
     arguments = ("config=tiny", f"run.root={finished_run}", "ciubm.variants=[din-mim]")
     command = ("serve", "run", "--non-blocking", "--address", head.address, "serve.ranking:app", *arguments)

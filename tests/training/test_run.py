@@ -35,6 +35,7 @@ def test_workers_form_one_process_group_and_rank_0_reports(ray_cluster: None, tm
     assert metrics == {"rank": 0, "world": 2, "sum": 6.0, "curve": [1, 2]}
 
 
+@pytest.mark.chaos  # half a minute; actors that ask for one are tested in tests/extraction
 def test_workers_that_ask_for_a_gpu_get_it_and_train_on_the_cpu_where_it_is_a_pretended_one(
     ray_cluster: None, tmp_path: Path
 ) -> None:
