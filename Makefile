@@ -64,4 +64,4 @@ lock: $(STAMP)  ## renew requirements.lock from pyproject.toml
 	  --extra dev --extra search pyproject.toml -o requirements.lock
 
 clean:  ## remove the environment, caches and runs
-	rm -rf .venv .uv runs dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf .venv .uv runs dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache *.egg-info
