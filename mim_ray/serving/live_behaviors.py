@@ -67,7 +67,7 @@ class LiveBehaviors:
         self._stop = threading.Event()
 
     @classmethod
-    def open(cls, behaviors: str, center: str, serving: Serving, max_behaviors: int) -> LiveBehaviors:
+    def open(cls, behaviors: str, center: str, serving: Serving) -> LiveBehaviors:
         """With the events of the last `serving.live_behaviors_days`; it follows the log, and folds it, until `stop`.
 
         Args:
@@ -76,11 +76,12 @@ class LiveBehaviors:
         Raises:
             ArtifactError: no store is there.
         """
+        rules = rules_of(behaviors)
         live = cls(
             BehaviorStore.open(behaviors),
             event_log(center),
-            rules_of(behaviors),
-            max_behaviors=max_behaviors,
+            rules,
+            max_behaviors=rules.max_behaviors,  # the most that any model of these samples looks at
             max_live_behaviors=serving.max_live_behaviors,
         )
         live.load(datetime.now(UTC) - timedelta(days=serving.live_behaviors_days))

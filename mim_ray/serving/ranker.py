@@ -99,8 +99,7 @@ class RankingService:
             rollout.check()
             rollout.start(serving.follow_release_s)
         if behaviors is None:
-            newest = rollout.current.model.max_behaviors
-            behaviors = LiveBehaviors.open(served.behaviors, served.center, serving, newest)
+            behaviors = LiveBehaviors.open(served.behaviors, served.center, serving)
         return cls(rollout, behaviors, max_candidates=serving.max_candidates, metrics=metrics)
 
     @property

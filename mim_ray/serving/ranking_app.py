@@ -56,8 +56,8 @@ def ranking_api(
         service.metrics.parsed(RANK)
         query = None
         if has_query(request):
-            if traffic is None:
-                check_takes_queries(service.model)
+            ranks = service if traffic is None else traffic.service_of(traffic.arm_of(request.user_id), service)
+            check_takes_queries(ranks.model)  # before the encoder is asked
             query = await encoded(request, embed)
         return await run_in_threadpool(ranked, request, query)
 

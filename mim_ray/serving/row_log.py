@@ -172,8 +172,12 @@ class RowLog:
         all_damaged: dict[str, ArtifactError] = {}
         for hour, segments in by_hour.items():
             folded: set[str] = set()
-            for uri in artifacts.list_files(f"{self.uri}/folded/{hour}", ".parquet"):
-                folded |= segments_of(uri)
+            try:
+                for uri in artifacts.list_files(f"{self.uri}/folded/{hour}", ".parquet"):
+                    folded |= segments_of(uri)
+            except ArtifactError as error:  # which segments it holds is not known: this hour waits, the others do not
+                all_damaged[hour] = error
+                continue
             waiting = {name: uri for name, uri in segments.items() if name not in folded}
             for found, damaged in read_in_pieces(waiting):
                 all_damaged |= damaged

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from mim_ray.ciubm.export import Ranker
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import Arm, Serving
 from mim_ray.errors import MimRayError
@@ -23,6 +24,9 @@ logger = logging.getLogger("ray.serve")
 
 
 class Ranks(Protocol):
+    @property
+    def model(self) -> Ranker: ...
+
     def rank(self, request: RankRequest, query: QueryVector | None = None) -> RankResponse: ...
 
 
@@ -60,11 +64,14 @@ class Traffic:
     def arm_of(self, user_id: str) -> str | None:
         return arm_of(user_id, self._experiment, self._weights)
 
+    def service_of(self, arm: str | None, everybody: Ranks) -> Ranks:
+        """What ranks for an arm's users."""
+        return everybody if arm is None else self._services.get(arm, everybody)
+
     def rank(self, request: RankRequest, everybody: Ranks, query: QueryVector | None = None) -> RankResponse:
         """Rank with the service of the user's arm, which is `everybody`'s where the arm has none of its own."""
         arm = self.arm_of(request.user_id)
-        service = everybody if arm is None else self._services.get(arm, everybody)
-        answer = service.rank(request, query)
+        answer = self.service_of(arm, everybody).rank(request, query)
         if arm is not None:
             answer = answer.model_copy(update={"arm": arm})
         if self.exposures is not None:

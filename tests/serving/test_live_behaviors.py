@@ -218,7 +218,7 @@ def test_a_damaged_file_does_not_keep_a_replica_from_starting(make, tmp_path, ca
 
 def test_an_opened_one_follows_the_log_until_it_is_stopped(make, samples, tmp_path):
     writer, before = make(), set(threading.enumerate())
-    opened = LiveBehaviors.open(str(samples / "behaviors"), f"{tmp_path}/center", Serving(), 50)
+    opened = LiveBehaviors.open(str(samples / "behaviors"), f"{tmp_path}/center", Serving())
     writer.store(table(event("new", "c", 3_000)))
     deadline = time.monotonic() + 60
     while opened.history("new")[0] != ["c"]:
