@@ -73,7 +73,7 @@ class NewItemEncoder:
         self._window = f"{center}/window"
         self._limits = limits
         self._push = push
-        self.check_release: Callable[[], None] = lambda: None
+        self.check_release: Callable[..., None] = lambda *, now=False: None
         self._pictures = Pictures(encoder.picture, limits, serving or Serving())
         self._known = KnownContent(
             EmbeddingTable(f"{center}/table"),
@@ -103,6 +103,8 @@ class NewItemEncoder:
             new = [content for content, old in zip(contents, known, strict=True) if content.replaces(*old)]
             if new:
                 self._store(new)
+        if new:
+            self.check_release(now=True)  # promoted meanwhile: these embeddings will not be ranked with
         changed = {content.item_id for content in new}
         return NewItemsResponse(
             items=[
