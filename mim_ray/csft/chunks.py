@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mim_ray.config.scenario import Csft, Data
-from mim_ray.csft.hard_negatives import HardNegativeSampler
+from mim_ray.csft.hard_negatives import HardNegativeSampler, hard_negative_weights
 from mim_ray.csft.items import ItemLoader, eligible
+from mim_ray.csft.training_pairs import CHOICE_COLUMNS, chosen, open_counts
 from mim_ray.csft.user_items import UserItems
 from mim_ray.data.batches import RowBatches, ordered_batches
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.data.feeding import Chunk, json_array
-from mim_ray.data.ids import hash_ids, mix
+from mim_ray.data.ids import hash_ids
 from mim_ray.data.transforms import PictureFormat
 
-PAIR_COLUMNS = ["query_image", "query_item_id", "item_id", "signal", "timestamp", "user_id"]
+PAIR_COLUMNS = ["query_image", "query_item_id", *CHOICE_COLUMNS]
 CHUNK_PAIRS = 64
 Reject = tuple[str, str]
 """Key of a row that cannot be used, and the reason."""
@@ -52,25 +52,17 @@ class Pairs:
 
 
 class PairReader:
-    """Rows of the pairs table to usable pairs, either those to train on or those held out.
-
-    Args:
-        held_out_ratio: part of the pairs, chosen by a hash of user, item and time, that is never trained on.
-    """
+    """Rows of the pairs table to usable pairs, either those to train on or those held out."""
 
     def __init__(self, loader: ItemLoader, settings: Csft) -> None:
-        self._loader = loader
-        self._signal, self._held_out_ratio = settings.pair_signal, settings.held_out_ratio
+        self._loader, self._settings = loader, settings
         catalogue = loader.catalogue
         self._has_content = catalogue.has_image | catalogue.has_title
 
     def usable(self, table: pa.Table, *, held_out: bool) -> tuple[Pairs, list[Reject]]:
         """The pairs of `table` (PAIR_COLUMNS) that are of the wanted part and can be used, and the others of that part."""
         catalogue = self._loader.catalogue
-        wanted = self._is_held_out(table) == held_out
-        if self._signal != "any":
-            wanted &= np.asarray(pc.fill_null(pc.equal(table.column("signal"), self._signal), False))
-        table = table.filter(pa.array(wanted))
+        table = table.filter(pa.array(chosen(table, self._settings, held_out=held_out)))
         items = catalogue.rows(table.column("item_id"))
         query_items = catalogue.rows(table.column("query_item_id"))
         known = items >= 0
@@ -109,12 +101,6 @@ class PairReader:
         names = ("pixels", "items", "users", "query_items")
         return Pairs(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))[:most]
 
-    def _is_held_out(self, table: pa.Table) -> np.ndarray:
-        time = np.asarray(table.column("timestamp").cast(pa.int64()).fill_null(0)).astype(np.uint64)
-        key = mix(hash_ids(table.column("user_id")) ^ mix(hash_ids(table.column("item_id")) ^ mix(time)))
-        share: np.ndarray = (key >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self._held_out_ratio
-        return share
-
 
 @dataclass(frozen=True)
 class PairChunks:
@@ -122,11 +108,13 @@ class PairChunks:
 
     Attributes:
         samples: URI of the samples. user_items: URI of bought/ and, for binary losses, shown/ (UserItems).
+        pair_counts: URI of the items' numbers of training pairs (training_pairs.py), for hard negatives.
         before_us: hard negatives are items that existed then (microseconds UTC).
     """
 
     samples: str
     user_items: str
+    pair_counts: str
     settings: Csft
     data: Data
     picture: PictureFormat
@@ -148,7 +136,8 @@ class PairChunks:
         shown = UserItems.open(f"{self.user_items}/shown") if self.settings.supervision.endswith("-binary") else None
         hard = None
         if self.settings.draws_hard_negatives:
-            hard = HardNegativeSampler.of_catalogue(catalogue, eligible(catalogue, self.before_us))
+            weights = hard_negative_weights(open_counts(self.pair_counts), self.settings.hard_negative_power)
+            hard = HardNegativeSampler.of_catalogue(catalogue, eligible(catalogue, self.before_us), weights)
 
         def make(number: int) -> Chunk:
             epoch, step = divmod(number, rows.steps_per_epoch)

@@ -16,6 +16,7 @@ from mim_ray.config import Scenario
 from mim_ray.config.scenario import Csft
 from mim_ray.csft.objective import LEVELS
 from mim_ray.csft.trainer import Trainer
+from mim_ray.csft.training_pairs import pair_counts, save_counts
 from mim_ray.csft.user_items import UserItems
 from mim_ray.data.batches import num_rows
 from mim_ray.data.catalogue import Catalogue
@@ -54,7 +55,7 @@ def run(scenario: Scenario, *, samples: str, encoder: str, output: str, rejects:
 
 
 def prepare(scenario: Scenario, *, samples: str, encoder: str, output: str) -> dict[str, Any]:
-    """What the workers need beside their settings; leaves output/train/user_items.
+    """What the workers need beside their settings; leaves output/train/user_items and output/train/pair_counts.
 
     Raises:
         DataError: as run.
@@ -70,6 +71,7 @@ def prepare(scenario: Scenario, *, samples: str, encoder: str, output: str) -> d
         )
     _check_categories(settings, catalogue, samples)
     UserItems.bought(pairs, catalogue).save(f"{output}/train/user_items/bought")
+    save_counts(f"{output}/train/pair_counts", pair_counts(pairs, catalogue, settings))
     if settings.supervision.endswith("-binary"):
         impressions = f"{samples}/impressions/train"
         UserItems.shown_not_clicked(impressions, catalogue).save(f"{output}/train/user_items/shown")

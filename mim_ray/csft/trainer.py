@@ -19,13 +19,15 @@ from mim_ray.csft.cached import cached_backward, joined
 from mim_ray.csft.chunks import PairChunks, PairReader
 from mim_ray.csft.dataset import PairBatch, PairBatches, Position
 from mim_ray.csft.embedding import embed_batch
+from mim_ray.csft.hard_negatives import hard_negative_weights
 from mim_ray.csft.items import GalleryChunks, ItemLoader, Items, eligible
 from mim_ray.csft.momentum import MomentumEncoder, with_embeddings
 from mim_ray.csft.negatives import PastBatches
 from mim_ray.csft.objective import LEVELS, CsftLoss, LocalBatch, collapsed, spread
 from mim_ray.csft.retrieval import HeldOut, drift_by_age, measure
-from mim_ray.csft.sampling import log_q, pair_counts, sampling_rates
+from mim_ray.csft.sampling import log_q, sampling_rates
 from mim_ray.csft.supervision import Objective, make_objective
+from mim_ray.csft.training_pairs import open_counts
 from mim_ray.data.catalogue import Catalogue
 from mim_ray.data.feeding import ordered_chunks
 from mim_ray.encoders import ItemEncoder, batch_norm
@@ -64,6 +66,7 @@ class Trainer:
         self.chunks = PairChunks(
             self.samples,
             f"{self.output}/train/user_items",
+            f"{self.output}/train/pair_counts",
             self.settings,
             self.scenario.data,
             self.encoder.picture,
@@ -152,9 +155,10 @@ class Trainer:
         if settings.log_q:
             allowed = np.zeros(self.catalogue.num_items, bool)
             allowed[eligible(self.catalogue, self._before_us)] = True
-            counts = pair_counts(f"{self.samples}/interest_pairs", self.catalogue, settings.pair_signal)
+            counts = open_counts(f"{self.output}/train/pair_counts")
             hard = settings.draws_hard_negatives
-            rates = log_q(sampling_rates(counts, categories[0], allowed, hard_negatives=hard)).to(self.device)
+            weights = hard_negative_weights(counts, settings.hard_negative_power) if hard else None
+            rates = log_q(sampling_rates(counts, categories[0], allowed, weights)).to(self.device)
         return make_objective(
             settings.supervision,
             temperature=settings.temperature,

@@ -14,6 +14,7 @@ from mim_ray.config.scenario import Csft, Data
 from mim_ray.csft.chunks import CHUNK_PAIRS, PAIR_COLUMNS, PairChunks, PairReader
 from mim_ray.csft.dataset import PairBatch, PairBatches, Position
 from mim_ray.csft.items import ItemLoader
+from mim_ray.csft.training_pairs import pair_counts, save_counts
 from mim_ray.csft.user_items import UserItems
 from mim_ray.data.catalogue import Catalogue, write_catalogue
 from mim_ray.data.feeding import ordered_chunks
@@ -37,13 +38,19 @@ def loader(catalogue: Catalogue) -> ItemLoader:
 @pytest.fixture(scope="module")
 def user_items(samples: str, catalogue: Catalogue, tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = str(tmp_path_factory.mktemp("user_items"))
-    UserItems.bought(f"{samples}/interest_pairs", catalogue).save(f"{uri}/bought")
+    save_inputs(samples, catalogue, uri)
     return uri
+
+
+def save_inputs(samples: str, catalogue: Catalogue, uri: str) -> None:
+    UserItems.bought(f"{samples}/interest_pairs", catalogue).save(f"{uri}/bought")
+    save_counts(f"{uri}/counts", pair_counts(f"{samples}/interest_pairs", catalogue, Csft(held_out_ratio=0.2)))
 
 
 def make_chunks(samples: str, user_items: str, rank: int = 0, world: int = 1, **settings: Any) -> PairChunks:
     values = {"held_out_ratio": 0.2, "modality_dropout": 0.0} | settings
-    return PairChunks(samples, user_items, Csft(**values), Data(), PICTURE, 2**62, 0, rank, world)
+    counts = f"{user_items}/counts"
+    return PairChunks(samples, user_items, counts, Csft(**values), Data(), PICTURE, 2**62, 0, rank, world)
 
 
 def make_batches(chunks: PairChunks, position: Position | None = None) -> PairBatches:
@@ -70,6 +77,21 @@ def test_a_batch_holds_positives_and_hard_negatives_of_their_category_that_the_u
     assert batches.num_other_category == 0
     (batch, _) = take(make_batches(make_chunks(samples, user_items, hard_negatives=False)), 1)[0]
     assert len(batch.groups) == 1
+
+
+def test_hard_negatives_follow_the_counted_pairs_of_each_item(
+    samples: str, user_items: str, catalogue: Catalogue
+) -> None:
+    counts = np.load(f"{user_items}/counts/counts.npy")
+    mean = {}
+    for power in (0.0, 1.0):
+        chunks = make_chunks(samples, user_items, hard_negative_power=power)
+        make = chunks.open()
+        drawn = np.concatenate([make(number)["items1.rows"] for number in range(9)])
+        mean[power] = counts[drawn].mean()
+    assert mean[0.0] == pytest.approx(counts.mean(), rel=0.15)
+    assert mean[1.0] == pytest.approx((counts**2).sum() / counts.sum(), rel=0.15)
+    assert mean[1.0] > mean[0.0] + 0.5
 
 
 def test_pairs_come_at_most_once_in_an_epoch_and_none_is_held_out(
@@ -159,7 +181,7 @@ def test_broken_pictures_are_replaced_from_the_stream_and_listed(samples: str, t
     write_catalogue(f"{tmp_path}/catalogue", [pa.Table.from_pylist(items)])
     (tmp_path / "interest_pairs").symlink_to(f"{samples}/interest_pairs")
     catalogue = Catalogue.open(f"{tmp_path}/catalogue")
-    UserItems.bought(f"{samples}/interest_pairs", catalogue).save(f"{tmp_path}/bought")
+    save_inputs(samples, catalogue, str(tmp_path))
     batches = make_batches(make_chunks(str(tmp_path), str(tmp_path), held_out_ratio=0.0))
     seen = [batch for batch, _ in take(batches, 14)]
     rows = np.concatenate([group.rows for batch in seen for group in batch.groups])
