@@ -166,7 +166,7 @@ def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> A
         name="NewItems",
         num_replicas=serving.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        max_queued_requests=serving.max_queued_requests,
+        max_queued_requests=serving.max_queued_new_items,
         backpressure_config=FULL_QUEUE,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
     )(serve.ingress()(NewItemReplica))

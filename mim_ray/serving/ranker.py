@@ -33,7 +33,7 @@ from mim_ray.serving.rollout import Rollout, open_first
 from mim_ray.serving.served import Served
 
 RANK = "/v1/rank"
-MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
+MAX_ONGOING_REQUESTS = 6  # in one replica; more wait in the queue. At half of the capacity more than 6 are rare
 THREADS = (
     2  # that rank what is not short: one computes while the other waits; with 8 each operation waits for Python's lock
 )
@@ -200,7 +200,7 @@ class RankingService:
             default_features=absent,
             degraded=found.degraded,
         )
-        if found.batch.mm is not None:
+        if found.batch.mm is not None and self.metrics.wants_embeddings():
             candidates = found.batch.mm.numpy()[-len(found.unknown) :]  # (C, D)
             self.metrics.embeddings(candidates if found.has_content.all() else candidates[found.has_content])
 

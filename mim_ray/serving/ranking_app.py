@@ -20,7 +20,7 @@ from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.runtime.memory import keep_freed_memory
 from mim_ray.serving.events import add_event_routes
-from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded
+from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded, max_queued_rankings
 from mim_ray.serving.live_behaviors import LiveBehaviors
 from mim_ray.serving.messages import Health, Problem, RankRequest, RankResponse, Ready
 from mim_ray.serving.metrics import counted
@@ -153,7 +153,7 @@ def bind_ranking(scenario: Scenario, served: Served | None = None) -> Applicatio
         name="Ranking",
         num_replicas=serving.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        max_queued_requests=serving.max_queued_requests,
+        max_queued_requests=max_queued_rankings(serving),
         backpressure_config=FULL_QUEUE,
         ray_actor_options={"num_cpus": serving.cpus_per_replica},
     )(serve.ingress()(RankingReplica))
