@@ -21,9 +21,11 @@ from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.new_items import Push, store_new_items
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import segment_rows
+from mim_ray.serving.background import repeat
 from mim_ray.serving.messages import EncodedItem, NewItem, NewItemsRequest, NewItemsResponse
 from mim_ray.serving.pictures import Pictures, TimeLimits
 
+NEWER_SNAPSHOT_EVERY_S = 10.0
 MAX_CLOCK_SKEW = timedelta(minutes=5)
 
 
@@ -82,6 +84,13 @@ class NewItemEncoder:
             line=f"{center}/snapshots/{self.encoder_version}",
         )
         self._lock = threading.Lock()  # one request at a time looks up, encodes and stores
+        repeat(
+            self,
+            threading.Event(),
+            "newer-snapshot",
+            lambda: NEWER_SNAPSHOT_EVERY_S,
+            NewItemEncoder.take_newer_snapshot,
+        )
 
     def encode(self, request: NewItemsRequest) -> NewItemsResponse:
         """Encode and store what is new among the items; all of them or, where one is bad, none.
@@ -118,6 +127,13 @@ class NewItemEncoder:
                 for content in contents
             ]
         )
+
+    def take_newer_snapshot(self) -> None:
+        """Hold in memory no more than what came since the newest snapshot. A thread calls it."""
+        newer = self._known.opened_again()
+        if newer is not None:
+            with self._lock:
+                self._known = newer
 
     def _check(self, item: NewItem, place: int, now: datetime, left: TimeLimits) -> _Content:
         title = clean_title(item.title, self._limits.max_title_chars)
