@@ -134,6 +134,15 @@ class RankingReplica:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return ranking_api(self._service, self._serving, self._traffic, self._similar)
 
+    def __del__(self) -> None:
+        """Serve calls it at the orderly end of a replica, after the last request; then it kills the process, so that nothing
+        that waits for the interpreter's end would happen."""
+        if "_reporter" not in vars(self):  # it was never ready
+            return
+        if self._traffic.exposures is not None:
+            self._traffic.exposures.close()
+        self._reporter.stop()
+
 
 def bind_ranking(scenario: Scenario, served: Served | None = None) -> Application:
     """The Serve application of what is current, now and after later promotions; refuses early what a replica would refuse late.
