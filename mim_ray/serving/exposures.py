@@ -64,11 +64,11 @@ class Exposures:
         log: from `exposure_log`.
 
     Attributes:
-        num_logged, num_dropped: requests that were stored, and that did not fit into the queue.
+        num_dropped: requests that did not fit into the queue.
     """
 
     def __init__(self, log: RowLog, *, max_queued: int = MAX_QUEUED) -> None:
-        self.num_logged = self.num_dropped = 0
+        self.num_dropped = 0
         self._log = log
         self._queue: queue.Queue[Shown] = queue.Queue(max_queued)
         self._batch: tuple[str, list[Shown]] | None = (
@@ -112,7 +112,6 @@ class Exposures:
                 rows = rows_of(answers)
                 if rows.num_rows:
                     self._log.append_as(segment_id, rows)
-                self.num_logged += len(answers)
                 self._batch = None
                 if not answers:
                     return

@@ -230,7 +230,8 @@ class EncodedItem(Message):
     changed: bool
     """False: the same or newer content was already there, and nothing was done."""
     rankable: bool
-    """The item's embedding is durable; rankers see it within a fraction of a second."""
+    """It is on all parameter machines; or there are none, and rankers read it within a fraction of a second. False: not all of
+    them have confirmed it in time. It is durable, and they find it by themselves."""
 
 
 class NewItemsResponse(Message):

@@ -110,8 +110,7 @@ class NewItemEncoder:
             self._known.refresh()
             known = self._known.current(ids)
             new = [content for content, old in zip(contents, known, strict=True) if content.replaces(*old)]
-            if new:
-                self._store(new)
+            on_machines = self._store(new) if new else None
         if new:
             self.check_release(now=True)  # promoted meanwhile: these embeddings will not be ranked with
         changed = {content.item_id for content in new}
@@ -122,7 +121,7 @@ class NewItemEncoder:
                     encoder_version=self.encoder_version,
                     content_hash=content.content_hash,
                     changed=content.item_id in changed,
-                    rankable=True,
+                    rankable=on_machines is not False or content.item_id not in changed,
                 )
                 for content in contents
             ]
@@ -147,8 +146,8 @@ class NewItemEncoder:
         category = (item.category or "").partition("|")[0].strip() or None
         return _Content(item.item_id, title, pixels, category, content_hash(title, image), content_at)
 
-    def _store(self, contents: Sequence[_Content]) -> None:
-        """One segment: durable when this returns."""
+    def _store(self, contents: Sequence[_Content]) -> bool | None:
+        """One segment: durable when this returns; whether the parameter machines have it, None where there are none."""
         size = self._encoder.image_size
         images = np.zeros((len(contents), 3, size, size), np.uint8)
         has_image = np.array([content.pixels is not None for content in contents])
@@ -165,8 +164,9 @@ class NewItemEncoder:
             content_at=[content.content_at for content in contents],
             categories=[content.category for content in contents],
         )
-        store_new_items(self._window, rows, encoder_version=self.encoder_version, push=self._push)
+        stored = store_new_items(self._window, rows, encoder_version=self.encoder_version, push=self._push)
         self._known.add(rows)
+        return stored.on_machines
 
 
 def _microseconds(at: datetime) -> int:

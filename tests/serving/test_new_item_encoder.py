@@ -191,6 +191,25 @@ def test_image_urls_are_off_by_default(client):
     assert "switched off" in answer.json()["error"]
 
 
+def test_where_parameter_machines_run_an_item_is_rankable_when_they_have_it(small_run):
+    told: list[bool | Exception] = [True, False, ConnectionError("away")]
+
+    def push(*_) -> bool:
+        said = told.pop(0)
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    network = ItemEncoder.load(f"{small_run.root}/csft/encoder")
+    encoder = NewItemEncoder(network, f"{small_run.root}/center", small_run.scenario.data, push=push)
+    for number, rankable in enumerate((True, False, False)):
+        request = NewItemsRequest(items=[{"item_id": f"n{number}", "title": "mug"}, {"item_id": "i3", "title": "mug"}])
+        first, second = encoder.encode(request).items
+        assert (first.changed, first.rankable) == (True, rankable)
+        assert (second.changed, second.rankable) == (number == 0, True), "what was there before is there"
+    assert not told
+
+
 def test_what_came_since_the_newest_snapshot_alone_stays_in_memory(client, encoder, small_run):
     for number in range(5):
         client.post("/v1/items", json={"item_id": f"n{number}", "title": f"mug {number}"})
