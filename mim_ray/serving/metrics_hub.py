@@ -138,6 +138,7 @@ class Reporter:
         self._thread.start()
 
     def stop(self) -> None:
+        """Send what was counted last, and no more."""
         self._stop.set()
         self._thread.join()
 
@@ -166,14 +167,15 @@ class Reporter:
             self._ray.show(families)
 
     def _run(self) -> None:
-        failed = 0
-        while not self._stop.wait(REPORT_EVERY_S):
+        failed, stopping = 0, False
+        while not stopping:
+            stopping = self._stop.wait(REPORT_EVERY_S)
             try:
                 self._send()
                 failed = 0
             except (RayError, ValueError) as error:
                 failed += 1
-                if failed == WARN_AFTER:
+                if failed == WARN_AFTER or stopping:
                     logger.warning("metrics of other processes cannot be joined: %s", type(error).__name__)
 
 

@@ -107,6 +107,11 @@ class NewItemReplica:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return new_item_api(self._encoder, self._serving, self._metrics)
 
+    def __del__(self) -> None:
+        """Serve calls it at the orderly end of a replica. What was acknowledged is durable; only counts are left to be told."""
+        if "_reporter" in vars(self):
+            self._reporter.stop()
+
     async def embed_query(self, image: bytes | None, title: str | None) -> tuple[np.ndarray, str] | RequestError:
         """For the ranking app's /v1/search/image: the query's vector (D,) and this encoder's version, or why it has none."""
         current = self._encoder.rollout.current

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -80,20 +81,25 @@ def ranking_api(
     @app.get("/readyz", responses={503: {"model": Problem}})
     def readyz() -> Ready:
         """Model and tables are loaded, and which."""
+        services = [service] if traffic is None else [service, *traffic.services]
         return Ready(
             status="ready",
             model_version=service.model_version,
             encoder_version=service.model.encoder_version,
             num_items=len(service.model.items.vocabulary),
-            default_features=dict(service.default_features),
-            degraded=dict(service.degraded_answers),
+            default_features=_summed([one.default_features for one in services]),
+            degraded=_summed([one.degraded_answers for one in services]),
             release=service.rollout.current.served.release,
-            refused=service.rollout.refused,
+            refused=service.rollout.told,
         )
 
     add_similar_routes(app, similar, embed)
     add_metrics_routes(app, service.metrics)
     return counted(guarded(app, serving), app, service.metrics)
+
+
+def _summed(counts: Sequence[Counter[str]]) -> Counter[str]:
+    return sum((Counter(dict(one)) for one in counts), Counter[str]())  # copies: requests go on counting
 
 
 class RankingReplica:
@@ -132,6 +138,15 @@ class RankingReplica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return ranking_api(self._service, self._serving, self._traffic, self._similar)
+
+    def __del__(self) -> None:
+        """Serve calls it at the orderly end of a replica, after the last request; then it kills the process, so that nothing
+        that waits for the interpreter's end would happen."""
+        if "_reporter" not in vars(self):  # it was never ready
+            return
+        if self._traffic.exposures is not None:
+            self._traffic.exposures.close()
+        self._reporter.stop()
 
 
 def bind_ranking(scenario: Scenario, served: Served | None = None) -> Application:
