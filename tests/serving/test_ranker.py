@@ -238,6 +238,16 @@ def test_a_score_that_is_no_number_is_never_answered(client, service, monkeypatc
     assert set(answer.json()) == {"error"}
 
 
+@pytest.mark.parametrize("part", ["network", "tables"])
+def test_a_model_with_one_weight_that_is_no_number_refuses_to_start(small_run, part):
+    path = str(small_run.root / "ctr" / "sim-mim" / "seed-0" / f"{part}.safetensors")
+    weights = {name: weight.clone() for name, weight in artifacts.read_tensors(path).items()}
+    next(iter(weights.values())).view(-1)[-1] = float("nan")
+    artifacts.write_tensors(path, weights)
+    with pytest.raises(ArtifactError, match=rf"{part}\.safetensors holds weights that are no numbers"):
+        RankingService.open(Served.of(small_run.scenario), small_run.scenario.serving)
+
+
 def test_a_model_of_another_encoder_version_refuses_to_start_naming_both(small_run):
     path = small_run.root / "ctr" / "sim-mim" / "ctr.json"
     info = json.loads(path.read_text())
