@@ -186,12 +186,14 @@ def _uvicorn(folder: Path, variant: str, number: int) -> None:
     import torch
     import uvicorn
 
+    from mim_ray.runtime.memory import keep_freed_memory
     from mim_ray.serving.ranker import RankingService
     from mim_ray.serving.ranking_app import ranking_api
     from mim_ray.serving.served import Served
     from mim_ray.serving.traffic import Traffic
 
     torch.set_num_threads(THREADS)
+    keep_freed_memory()
     serving, served = scenario.serving, Served.of(scenario)
     service = RankingService.open(served, serving, scenario.machines, scenario)
     api = ranking_api(service, serving, Traffic.open(serving, served, {}, lambda other: service))

@@ -56,7 +56,13 @@ class RequestRows:
 
 
 class Rows(Protocol):
-    """Where the rows of requests come from."""
+    """Where the rows of requests come from.
+
+    Attributes:
+        waits: `get` asks other processes.
+    """
+
+    waits: bool
 
     def get(self, request: Request) -> RequestRows: ...
 
@@ -71,6 +77,8 @@ class Rows(Protocol):
 
 class LocalRows:
     """Tables in this process."""
+
+    waits = False
 
     def __init__(self, store: ParameterStore) -> None:
         self.store = store
@@ -100,6 +108,8 @@ class LocalRows:
 
 class RemoteRows:
     """Tables on the parameter machines: one call for a request."""
+
+    waits = True
 
     def __init__(self, model: Ranker, machines: OfRelease) -> None:
         self._rows, self._machines = MachineRows(model, machines), machines

@@ -34,6 +34,10 @@ from mim_ray.serving.served import Served
 
 RANK = "/v1/rank"
 MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
+THREADS = (
+    2  # that rank what is not short: one computes while the other waits; with 8 each operation waits for Python's lock
+)
+SHORT_PAIRS = 50_000  # candidates x behaviors: about 4 ms, which the event loop can wait
 
 
 class RankingService:
@@ -117,6 +121,11 @@ class RankingService:
         """The embeddings of the release that serves now, where they are read in this process."""
         rows = self.rollout.current.rows
         return rows.store if isinstance(rows, LocalRows) else None
+
+    def is_short(self, request: RankRequest) -> bool:
+        """Whether `rank` computes for a few milliseconds and waits for nobody, so that handing it to a thread costs more."""
+        loaded = self.rollout.current
+        return not loaded.rows.waits and len(request.candidates) * loaded.model.max_behaviors <= SHORT_PAIRS
 
     def rank(self, request: RankRequest, query: QueryVector | None = None) -> RankResponse:
         """

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Response
-from fastapi.concurrency import run_in_threadpool
 from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
@@ -18,6 +18,7 @@ from mim_ray.config import Scenario
 from mim_ray.config.scenario import ParameterMachines, Serving
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.runtime.memory import keep_freed_memory
 from mim_ray.serving.events import add_event_routes
 from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded
 from mim_ray.serving.live_behaviors import LiveBehaviors
@@ -25,7 +26,7 @@ from mim_ray.serving.messages import Health, Problem, RankRequest, RankResponse,
 from mim_ray.serving.metrics import counted
 from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
 from mim_ray.serving.query import QueryVector, check_takes_queries, encoded, has_query
-from mim_ray.serving.ranker import MAX_ONGOING_REQUESTS, RANK, RankingService
+from mim_ray.serving.ranker import MAX_ONGOING_REQUESTS, RANK, THREADS, RankingService
 from mim_ray.serving.served import Served
 from mim_ray.serving.similar import SimilarItems
 from mim_ray.serving.similar_routes import Embed, add_similar_routes, encoder_app
@@ -49,17 +50,20 @@ def ranking_api(
     problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 413, 422, 503)}
 
     embed = encoder_app() if embed is None else embed
+    turn = CapacityLimiter(THREADS)
 
     @app.post(RANK, response_model=RankResponse, responses=problems)
     async def rank(request: RankRequest) -> Response:
         """Rank candidates for a user. Unknown users and items are scored too, by what is known."""
         service.metrics.parsed(RANK)
+        ranks = service if traffic is None else traffic.service_of(traffic.arm_of(request.user_id), service)
         query = None
         if has_query(request):
-            ranks = service if traffic is None else traffic.service_of(traffic.arm_of(request.user_id), service)
             check_takes_queries(ranks.model)  # before the encoder is asked
             query = await encoded(request, embed)
-        return await run_in_threadpool(ranked, request, query)
+        if ranks.is_short(request):
+            return ranked(request, query)
+        return await to_thread.run_sync(ranked, request, query, limiter=turn)
 
     def ranked(request: RankRequest, query: QueryVector | None) -> Response:
         told = service.rank(request, query) if traffic is None else traffic.rank(request, service, query)
@@ -104,6 +108,7 @@ class RankingReplica:
         arms: Mapping[str, Served] | None = None,
     ) -> None:
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
+        keep_freed_memory()  # a long request is ranked in a third of the time
         self._service = service = RankingService.open(served, serving, machines, follow)
         self._serving = serving
         other = partial(
