@@ -32,7 +32,7 @@ def current_release(scenario: Scenario) -> MachineRelease:
     if release is None or release.number != served.release:
         raise ArtifactError(f"{served.center} has no release yet. Promote one first: jobs/promote.py … promote.")
     model = load_ranker(served.ctr, encoder_version=release.encoder_version)
-    if not np.isfinite(model.score("", ["", ""], ["", "a", "b"])).all():
+    if not np.isfinite(model.predict(model.request("", ["", ""], ["", "a", "b"]).batch())).all():
         raise ArtifactError(f"{served.ctr} gives probabilities that are no numbers. Train it again.")
     state = artifacts.fingerprint([artifacts.source_fingerprint(uri) for uri in networks_of(served.ctr).values()])
     tables, dense = write_for_machines(served.ctr, f"{served.ctr}/machines/{state}")

@@ -1,5 +1,7 @@
 import base64
+import concurrent.futures
 import json
+import threading
 from datetime import UTC, datetime
 
 import numpy as np
@@ -18,7 +20,7 @@ from mim_ray.representation_center.updates import append_segment, segment_rows
 from mim_ray.serving.answers import reasons
 from mim_ray.serving.messages import RankRequest
 from mim_ray.serving.query_encoder import QueryEncoder
-from mim_ray.serving.ranker import RankingService
+from mim_ray.serving.ranker import MAX_ONGOING_REQUESTS, RankingService
 from mim_ray.serving.ranking_app import bind_ranking, ranking_api
 from mim_ray.serving.served import Served
 from mim_ray.training.checkpoint import with_prefix
@@ -178,6 +180,22 @@ def test_unknown_users_and_items_are_scored_and_flagged(client):
     assert flags == {"i1": (False, False), "i35": (True, False), "never-heard-of": (True, True)}
     assert answer["num_behaviors"] == 0
     assert all(0 <= item["prob"] <= 1 for item in answer["items"])
+
+
+def test_requests_that_wait_for_parameter_machines_wait_side_by_side(service, client, monkeypatch):
+    together = threading.Barrier(MAX_ONGOING_REQUESTS, timeout=60)
+    rank = service.rank
+
+    def rank_together(*given):
+        together.wait()
+        return rank(*given)
+
+    monkeypatch.setattr(service, "rank", rank_together)
+    monkeypatch.setattr(type(service.rollout.current.rows), "waits", True)
+    with client, concurrent.futures.ThreadPoolExecutor(MAX_ONGOING_REQUESTS) as pool:
+        body = {"user_id": "u1", "candidates": ["i1"]}
+        answers = list(pool.map(lambda _: client.post("/v1/rank", json=body), range(MAX_ONGOING_REQUESTS)))
+    assert {answer.status_code for answer in answers} == {200}
 
 
 def test_ids_that_look_like_paths_or_sql_are_ids(client):
