@@ -6,7 +6,8 @@ import base64
 import itertools
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ CANDIDATES = [*(f"i{row}" for row in range(40)), "never-heard-of"]
 USERS = [*(f"u{row}" for row in range(10)), "nobody"]  # the load posts no event of theirs
 KINDS = ("rank", "items", "events")
 BARE_TIMEOUT_S = 60.0
-PAUSE_S = 0.1
+PAUSE_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Load:
         self.url, self.name = url, name
         self.calls: list[Call] = []
         self._client, self._picture = client, picture
+        self._busy: dict[str, tuple[str, bool]] = {}
         self._stop = threading.Event()
         ways = [(kind, shipped) for kind in KINDS for shipped in (False, True)]
         self._threads = [
@@ -106,11 +108,23 @@ class Load:
 
         until(enough, "requests are not answered any more", timeout_s)
 
+    def busy(self, kinds: Collection[str]) -> bool:
+        """Whether several requests of these kinds are under way now, one of them by bare HTTP."""
+        now = [shipped for kind, shipped in list(self._busy.values()) if kind in kinds]
+        return len(now) > 2 and not all(now)
+
     def acknowledged(self, kind: str) -> list[Call]:
         return [call for call in self.calls if call.kind == kind and not call.failed]
 
     def failures(self, *, shipped: bool) -> list[Call]:
         return [call for call in self.calls if call.failed and call.shipped == shipped]
+
+    def told(self) -> str:
+        """A line for the test's output."""
+        counts = Counter((call.kind, "client" if call.shipped else "bare", str(call.status)) for call in self.calls)
+        slowest = max(self.calls, key=lambda call: call.end - call.start)
+        lines = [f"{kind} {way} {status}: {count:,}" for (kind, way, status), count in sorted(counts.items())]
+        return f"{self.name}: {', '.join(lines)}; slowest {slowest.kind} {slowest.end - slowest.start:.1f} s"
 
     def _call_on(self, kind: str, shipped: bool, name: str) -> None:
         make = {"rank": _rank, "items": self._item, "events": _event}[kind]
@@ -118,7 +132,10 @@ class Load:
         for number in itertools.count():
             if self._stop.wait(PAUSE_S):
                 break
-            self.calls.append(send(kind, make(name, number)))
+            body = make(name, number)
+            self._busy[name] = kind, shipped
+            self.calls.append(send(kind, body))
+            del self._busy[name]
         self._client.close()
 
     def _item(self, name: str, number: int) -> dict[str, Any]:
@@ -171,9 +188,10 @@ def processes(title: str) -> dict[int, psutil.Process]:
     return found
 
 
-def kill(process: psutil.Process) -> Kill:
-    """SIGKILL, and wait until the process is gone, with all that it had started."""
+def kill(process: psutil.Process, when: Callable[[], bool]) -> Kill:
+    """SIGKILL at a certain moment, and wait until the process is gone, with all that it had started."""
     children = process.children(recursive=True)
+    until(when, "the moment does not come", every_s=0.002)
     before = time.monotonic()
     process.kill()
     gone, alive = psutil.wait_procs([process], timeout=30)
@@ -185,12 +203,12 @@ def kill(process: psutil.Process) -> Kill:
     return Kill(process.pid, before, after)
 
 
-def until(done: Callable[[], Any], otherwise: str, timeout_s: float = 300.0) -> Any:
+def until(done: Callable[[], Any], otherwise: str, timeout_s: float = 300.0, *, every_s: float = 0.05) -> Any:
     """Wait for a condition; its value."""
     end = time.monotonic() + timeout_s
     while not (value := done()):
         assert time.monotonic() < end, otherwise
-        time.sleep(0.05)
+        time.sleep(every_s)
     return value
 
 

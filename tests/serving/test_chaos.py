@@ -6,7 +6,10 @@ and nothing that was acknowledged is lost. The tests print what they saw (-s).
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from ray import serve
 
@@ -32,7 +34,7 @@ from mim_ray.serving.new_item_app import MAX_ONGOING_REQUESTS
 from mim_ray.serving.promotion import promote_version
 from mim_ray.serving.served import Served
 
-from .chaos_load import Kill, Load, kill, processes, until
+from .chaos_load import KINDS, Kill, Load, kill, processes, until
 from .chaos_reference import Reference
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(900)]
@@ -130,7 +132,6 @@ def check_answers(shop: Shop, load: Load) -> None:
         until(
             lambda some=some: not any(item["no_content"] for item in client.rank("u1", some)["items"]),
             "acknowledged items are ranked without content",
-            30,
         )
     times = Counter(read_events(center)["event_id"].to_pylist())
     acknowledged = [event_id for call in load.acknowledged("events") for event_id in call.answer["event_ids"]]
@@ -138,25 +139,18 @@ def check_answers(shop: Shop, load: Load) -> None:
     assert {times[event_id] for event_id in acknowledged} == {1}
 
 
-def told(load: Load) -> str:
-    """A line for the test's output."""
-    counts = Counter((call.kind, "client" if call.shipped else "bare", str(call.status)) for call in load.calls)
-    slowest = max(load.calls, key=lambda call: call.end - call.start)
-    lines = [f"{kind} {way} {status}: {count:,}" for (kind, way, status), count in sorted(counts.items())]
-    return f"{load.name}: {', '.join(lines)}; slowest {slowest.kind} {slowest.end - slowest.start:.1f} s"
-
-
-def kill_and_wait(shop: Shop, victims: list[psutil.Process], title: str, load: Load) -> list[Kill]:
-    """Kill processes with this title under load, and wait until others have their places, and for more answers."""
+def kill_one(shop: Shop, title: str, load: Load, kinds: tuple[str, ...] = KINDS) -> Kill:
+    """Kill a process with this title while requests are under way, and wait until another has its place, and for answers."""
+    load.wait_for_more(10)
     before = processes(title)
-    killed = [kill(process) for process in victims]
-    until(lambda: len(processes(title).keys() - before.keys()) >= len(victims), "nothing takes its place")
+    killed = kill(next(iter(before.values())), lambda: load.busy(kinds))
+    until(lambda: processes(title).keys() - before.keys(), "nothing takes its place")
     until(shop.healthy, "it does not come back")
     back = time.monotonic()
     load.wait_for_more(20)
-    assert processes(title).keys() & {one.pid for one in killed} == set()
-    print(f"{title}: {[one.pid for one in killed]} of {list(before)} killed, now {list(processes(title))}")
-    print(f"healthy {back - killed[0].before:.1f} s later")
+    assert killed.pid not in processes(title)
+    print(f"{title}: {killed.pid} of {list(before)} killed, now {list(processes(title))}")
+    print(f"healthy {back - killed.before:.1f} s later")
     return killed
 
 
@@ -167,9 +161,8 @@ def test_a_killed_replica_costs_what_it_had_in_work_and_the_client_nothing(
     shop: Shop, title: str, kinds: tuple[str, ...]
 ) -> None:
     with shop.new_load(f"replica-{kinds[0]}") as load:
-        load.wait_for_more(10)
-        (killed,) = kill_and_wait(shop, [*processes(title).values()][:1], title, load)
-    print(told(load))
+        killed = kill_one(shop, title, load, kinds)
+    print(load.told())
     under_way = [call for call in load.calls if call.kind in kinds and call.under_way_at(killed)]
     assert under_way, "nothing was under way"
     failed = load.failures(shipped=False)
@@ -181,22 +174,34 @@ def test_a_killed_replica_costs_what_it_had_in_work_and_the_client_nothing(
 
 def test_a_killed_parameter_machine_costs_nothing(shop: Shop) -> None:
     with shop.new_load("machine") as load:
-        load.wait_for_more(10)
-        kill_and_wait(shop, [*processes(MACHINE).values()][:1], MACHINE, load)
-    print(told(load))
+        kill_one(shop, MACHINE, load)
+    print(load.told())
     assert [call for call in load.calls if call.failed] == []
     assert {tuple(call.answer["degraded"]) for call in load.acknowledged("rank")} == {()}
     check_answers(shop, load)
 
 
 def test_while_both_machines_of_a_shard_are_away_answers_are_id_only_and_say_so(shop: Shop) -> None:
-    pids = [where["pid"] for where in shop.machines.status() if where["shard"] == 1]
+    others = {where["pid"] for where in shop.machines.status() if where["shard"] == 0}
+    killed = set()
     with shop.new_load("shard") as load:
         load.wait_for_more(10)
-        kill_and_wait(shop, [processes(MACHINE)[pid] for pid in pids], MACHINE, load)
+
+        def degraded_while_killed() -> bool:
+            for pid in processes(MACHINE).keys() - others:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+            return any(call.answer["degraded"] for call in load.acknowledged("rank"))
+
+        until(degraded_while_killed, "the shard is not missed")
+        until(shop.healthy, "it does not come back")
         until(lambda: not any(call.answer["degraded"] for call in load.acknowledged("rank")[-20:]), "it stays degraded")
+        load.wait_for_more(10)
+    assert len(killed) >= 2
+    assert processes(MACHINE).keys() & killed == set()
     degraded = Counter(tuple(call.answer["degraded"]) for call in load.acknowledged("rank"))
-    print(told(load), dict(degraded))
+    print(load.told(), dict(degraded))
     assert [call for call in load.calls if call.failed] == []
     assert degraded[("content", "tables")] > 0
     check_answers(shop, load)
@@ -204,9 +209,8 @@ def test_while_both_machines_of_a_shard_are_away_answers_are_id_only_and_say_so(
 
 def test_a_killed_proxy_refuses_until_another_listens_and_the_client_waits_for_it(shop: Shop) -> None:
     with shop.new_load("proxy") as load:
-        load.wait_for_more(10)
-        (killed,) = kill_and_wait(shop, [*processes(PROXY).values()], PROXY, load)
-    print(told(load))
+        killed = kill_one(shop, PROXY, load)
+    print(load.told())
     failed = load.failures(shipped=False)
     answered = [call for call in load.calls if not (call.failed or call.shipped) and call.start > killed.after]
     up = min(call.end for call in answered)
@@ -230,7 +234,7 @@ def test_releases_are_rolled_out_and_back_and_no_request_fails(shop: Shop) -> No
                 lambda: {call.answer["model_version"] for call in load.acknowledged("rank")[-20:]} == {versions[-1]},
                 "the replicas do not follow",
             )
-    print(told(load), Counter(call.answer["model_version"] for call in load.acknowledged("rank")))
+    print(load.told(), Counter(call.answer["model_version"] for call in load.acknowledged("rank")))
     assert versions[0] == versions[2] != versions[1]
     a_rank = load.acknowledged("rank")[0]
     of_each = [list(shop.reference.scores(a_rank.body, version).values()) for version in versions[:2]]
@@ -283,7 +287,7 @@ def test_a_release_that_cannot_be_served_is_refused_and_the_one_before_goes_on(
         promote(center, **names, encoder=good.encoder)
         load_current(shop.scenario)
         load.wait_for_more(10)
-    print(told(load), refused.value)
+    print(load.told(), refused.value)
     assert [call for call in load.calls if call.failed] == []
     assert {call.answer["model_version"] for call in load.acknowledged("rank")} == {shop.version}
     check_answers(shop, load)
