@@ -122,6 +122,11 @@ class RankingService:
         rows = self.rollout.current.rows
         return rows.store if isinstance(rows, LocalRows) else None
 
+    @property
+    def waits(self) -> bool:
+        """Whether `rank` asks other processes: while one of them is away, requests should wait side by side."""
+        return self.rollout.current.rows.waits
+
     def is_short(self, request: RankRequest) -> bool:
         """Whether `rank` computes for a few milliseconds and waits for nobody, so that handing it to a thread costs more."""
         loaded = self.rollout.current

@@ -51,7 +51,7 @@ def ranking_api(
     problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 413, 422, 503)}
 
     embed = encoder_app() if embed is None else embed
-    turn = CapacityLimiter(THREADS)
+    turn, waiting = CapacityLimiter(THREADS), CapacityLimiter(MAX_ONGOING_REQUESTS)
 
     @app.post(RANK, response_model=RankResponse, responses=problems)
     async def rank(request: RankRequest) -> Response:
@@ -64,7 +64,7 @@ def ranking_api(
             query = await encoded(request, embed)
         if ranks.is_short(request):
             return ranked(request, query)
-        return await to_thread.run_sync(ranked, request, query, limiter=turn)
+        return await to_thread.run_sync(ranked, request, query, limiter=waiting if ranks.waits else turn)
 
     def ranked(request: RankRequest, query: QueryVector | None) -> Response:
         told = service.rank(request, query) if traffic is None else traffic.rank(request, service, query)
