@@ -457,7 +457,11 @@ def test_queries_that_are_not_there_are_a_sentence(small_shop: Any, tmp_path: Pa
 def test_a_later_training_gives_new_values_rows_behind_the_known_ones_and_keeps_the_normalisation(
     tmp_path: Any,
 ) -> None:
-    declared = [Feature(name="shop", kind="categorical"), Feature(name="price", kind="dense"), Feature(name="bucket", kind="categorical")]
+    declared = [
+        Feature(name="shop", kind="categorical"),
+        Feature(name="price", kind="dense"),
+        Feature(name="bucket", kind="categorical"),
+    ]
     transforms = {"bucket": FeatureTransform(num_buckets=7)}
     learnt = []
     for day, shops, prices in (("1", ["b", "a", "b"], [1.0, 2.0, 3.0]), ("2", ["c", "a", "0"], [10.0, 20.0, 60.0])):
