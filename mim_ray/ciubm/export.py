@@ -286,6 +286,6 @@ def _numbers(uri: str) -> dict[str, Tensor]:
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise ArtifactError(
-            f"{uri} holds weights that are no numbers (in {', '.join(bad[:3])}). Train the model again."
+            f"{uri} holds weights that are no numbers (in {', '.join(sorted(bad)[:3])}). Train the model again."
         )
     return tensors

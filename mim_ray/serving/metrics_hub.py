@@ -186,8 +186,14 @@ class _RayMetrics:
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
         self._shown: dict[tuple[str, Labels], float] = {}
+        self._last: set[tuple[str, Labels]] = set()
 
     def show(self, families: Sequence[Family]) -> None:
+        """What is not there any more, such as the version before this one, becomes 0: Ray goes on showing what it was told."""
+        now = {(name, labels) for one in families if one.kind == "gauge" for name, labels, _ in one.samples}
+        for name, labels in self._last - now:
+            self._gauges[name].set(0.0, dict(labels))
+        self._last = now
         for family in families:
             for name, labels, value in family.samples:
                 if name.endswith("_bucket"):

@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -34,10 +34,7 @@ logger = logging.getLogger("ray.serve")
 FOLLOW_EVERY_S = 1.0  # how often new items are looked for, where the ranker itself leaves that to parameter machines
 LOOK_AGAIN_S = 0.1  # for an item that is not known; so often at most
 _LOOK_EVERY_S = 1.0  # whether another release serves
-FEW_NEWER, NEWER_SHARE = (
-    1_000,
-    0.02,
-)  # rows since the indexed snapshot, and their share of it, that are worth another index
+FEW_NEWER, NEWER_SHARE = 1_000, 0.02  # rows since the indexed snapshot that are worth another index
 _NICENESS = 10  # of the thread that builds: requests come first
 
 
@@ -174,6 +171,7 @@ class _Searched:
     newer: NewerItems
     names: list[str]
     category: np.ndarray
+    looking: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def open(cls, loaded: Loaded, exact_rows: int, recall: float) -> _Searched:
@@ -219,7 +217,9 @@ class _Searched:
         if not self.store.follows(self.lookup) and self.lookup.behind_s > LOOK_AGAIN_S:
             self._look()  # the index of what took its place is being built
         self.newer.refresh()
-        hidden = self.newer.hidden
+        newest, hidden = self.newer.nearest(
+            vector, top_k, category
+        )  # of one moment: no item in two ways, and none in neither
         allowed = None if hidden is None else ~hidden  # (N,)
         if category is not None:
             row = self.names.index(category) + 1 if category in self.names else -1
@@ -228,16 +228,19 @@ class _Searched:
         ids = self.nearest.snapshot.ids.take(pa.array(rows)).to_pylist()
         names = [self.names[row - 1] if row else None for row in self.category[rows].tolist()]
         found = list(zip(ids, cosines.tolist(), names, strict=True))
-        found += self.newer.nearest(vector, top_k, category)
+        found += newest
         found.sort(key=lambda one: -one[1])
         return [Neighbor(*one) for one in found[:top_k]]
 
     def _look(self, *, now: bool = False) -> None:
-        """Take in what came since. Where storage is away, what is known is searched."""
-        try:
-            self.lookup.refresh(now=now)
-        except STORAGE_PROBLEMS as error:
-            logger.warning("similar items are those of %.0f s ago: %s", self.lookup.behind_s, error)
+        """Take in what came since, once for all who wait for that. Where storage is away, what is known is searched."""
+        with self.looking:
+            if self.lookup.behind_s <= LOOK_AGAIN_S:
+                return
+            try:
+                self.lookup.refresh(now=now)
+            except STORAGE_PROBLEMS as error:
+                logger.warning("similar items are those of %.0f s ago: %s", self.lookup.behind_s, error)
 
 
 def _categories(items: ItemIndex, lookup: EmbeddingLookup) -> tuple[list[str], np.ndarray]:

@@ -175,3 +175,27 @@ def test_metrics_answer_for_one_process_where_the_others_cannot_be_asked():
     metrics.joined = gone
     found = values(TestClient(app).get("/metrics").text)
     assert found["mim_ray_requests_total", "ranking", "/v1/rank", "2xx"] == 2
+
+
+def test_ray_is_told_that_a_version_is_not_served_any_more(monkeypatch):
+    told = {}
+
+    class Told:
+        def __init__(self, name, *_):
+            self.name = name
+
+        def set(self, value, labels):
+            told[self.name, labels.get("release")] = value
+
+        def inc(self, *_):
+            pass
+
+    monkeypatch.setattr(metrics_hub, "Gauge", Told)
+    monkeypatch.setattr(metrics_hub, "Counter", Told)
+    release = [1]
+    metrics, ray_metrics = Metrics("ranking", lambda: Versions("m", "e", release[0])), metrics_hub._RayMetrics()
+    for number in (1, 2, 1):
+        release[0] = number
+        ray_metrics.show(metrics.families())
+        assert told["mim_ray_version_info", str(number)] == 1
+        assert told.get(("mim_ray_version_info", str(3 - number)), 0) == 0

@@ -2,6 +2,7 @@ import base64
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -186,6 +187,46 @@ def test_items_that_come_while_the_next_index_is_built_are_found(service, simila
     assert similar.of_item("unseen", 40).items[0].similarity == pytest.approx(1, abs=1e-5)
 
 
+def test_those_who_ask_for_unknown_items_at_once_share_one_look_at_storage(service, similar, monkeypatch):
+    similar.refresh()
+    lookup, looks = service.embeddings.lookup, []
+    refresh = lookup.refresh
+
+    def slow(**options):
+        looks.append(options)
+        time.sleep(0.05)
+        return refresh(**options)
+
+    monkeypatch.setattr(lookup, "refresh", slow)
+    wait_until(lambda: lookup.behind_s > 0.2)
+    monkeypatch.setattr("mim_ray.serving.similar.LOOK_AGAIN_S", 0.2)
+
+    def ask(number: int) -> None:
+        with pytest.raises(RequestError):
+            similar.of_item(f"nobody-{number}", 1)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(8)))
+    assert len(looks) < 8
+
+
+def test_an_item_that_is_replaced_while_it_is_searched_is_in_the_answer_once(service, similar, small_run, monkeypatch):
+    similar.refresh()
+    vectors, nearest = vectors_of(small_run), similar._searched.nearest
+    search, replaced = nearest.search, []
+
+    def slow(*asked, **options):
+        if not replaced:
+            replaced.append("i5")
+            store_items(small_run, service, ["i5"], vectors["i3"][None])
+            similar._searched.newer.refresh()  # as another request does
+        return search(*asked, **options)
+
+    monkeypatch.setattr(nearest, "search", slow)
+    found = [one.item_id for one in similar.of_item("i3", 100).items]
+    assert sorted(found) == sorted(set(vectors) - {"i3"})
+
+
 def away(*_, **__):
     raise OSError("away")
 
@@ -208,7 +249,6 @@ def test_a_newer_snapshot_is_indexed_when_enough_came_and_until_then_new_items_a
         assert [one.item_id for one in found] == [f"new-{one}" for one in range(number + 1)]
         similar.refresh()
         assert (similar._searched is first) == (number == 0)
-    assert similar._searched.newer.hidden is None
     assert similar._searched.nearest.snapshot.num_rows == 42
     found = similar.of_item("i3", 40, category="hats").items
     assert [(one.item_id, one.category) for one in found] == [("new-0", "hats"), ("new-1", "hats")]
