@@ -47,6 +47,7 @@ class Plan:
         processes: of the model, on each side.
         size, large: (candidates, behaviors) of a request; None leaves the large ones out.
         rounds: turns of each side. seconds: of a turn in a closed loop. open_s: of one in an open loop.
+        overload_s, after_s: of the overload, and of the half load after it.
         serve: measure Ray Serve, not only uvicorn.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     seconds: float = 4.0
     open_s: float = 10.0
     overload_s: float = 10.0
+    after_s: float = 15.0
     encoding_s: float = 20.0
     seed: int = 1
     serve: bool = True
@@ -71,10 +73,11 @@ QUICK = Plan(
     large=None,
     connections=(8,),
     rounds=2,
-    seconds=1.5,
-    open_s=3.0,
-    overload_s=3.0,
-    encoding_s=2.0,
+    seconds=1.0,
+    open_s=2.0,
+    overload_s=2.0,
+    after_s=4.0,
+    encoding_s=1.0,
     default_proxy=False,
     quick=True,
 )

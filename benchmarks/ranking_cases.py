@@ -170,7 +170,7 @@ def overloaded(bench: Bench, at_peak: Details) -> Details:
     """The fast path at half of its capacity, at three times its capacity, and at half again."""
     assert isinstance(bench.fast, Server)
     capacity, plan, log = at_peak["fast_per_s"], bench.plan, bench.folder / "log"
-    phases = [(capacity / 2, plan.open_s), (capacity * 3, plan.overload_s), (capacity / 2, plan.open_s + 5)]
+    phases = [(capacity / 2, plan.open_s), (capacity * 3, plan.overload_s), (capacity / 2, plan.after_s)]
     outcomes = bench.load.open(bench.fast.url, log, phases=phases, seed=plan.seed)
     before = np.array(outcomes.due) < plan.open_s
     ranked = before & (np.array(outcomes.status) == 200)

@@ -8,6 +8,7 @@ They end when their input does. `Server` is the other end: it starts them, and e
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 START_S = 600.0
 END_S = 40.0
 THREADS = 1  # of torch, in each process
-QUEUED = 4  # requests that wait for a replica; with the default of 200 the last of them wait for seconds
 PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120"}
+EQUAL = {"RAY_worker_niceness": "0"}  # Ray's is 15, uvicorn's is 0
 PATH = "/v1/rank"
 
 
@@ -66,7 +67,7 @@ class Server:
         (port,) = free_ports(1)
         log = folder / f"{name}.log"
         command = ["serve", str(folder), variant, str(processes), str(port)]
-        return cls(name, port, [_start(command, log, PATIENCE | (fast_path() if fast else {}))], log)
+        return cls(name, port, [_start(command, log, PATIENCE | EQUAL | (fast_path() if fast else {}))], log)
 
     def wait(self) -> None:
         """Until it is ready in all its processes.
@@ -128,7 +129,6 @@ def scenario_of(folder: Path, variant: str = "din-mim") -> Scenario:
             f"ciubm.max_behaviors={max(sizes['lengths'])}",
             f"serving.variant={variant}",
             "serving.similar_items=false",
-            f"serving.max_queued_requests={QUEUED}",
             f"serving.keys_file={folder}/keys",
         ],
     )
@@ -186,12 +186,14 @@ def _uvicorn(folder: Path, variant: str, number: int) -> None:
     import torch
     import uvicorn
 
+    from mim_ray.runtime.memory import keep_freed_memory
     from mim_ray.serving.ranker import RankingService
     from mim_ray.serving.ranking_app import ranking_api
     from mim_ray.serving.served import Served
     from mim_ray.serving.traffic import Traffic
 
     torch.set_num_threads(THREADS)
+    keep_freed_memory()
     serving, served = scenario.serving, Served.of(scenario)
     service = RankingService.open(served, serving, scenario.machines, scenario)
     api = ranking_api(service, serving, Traffic.open(serving, served, {}, lambda other: service))
@@ -202,6 +204,8 @@ def _uvicorn(folder: Path, variant: str, number: int) -> None:
         server.should_exit = True
 
     threading.Thread(target=end_with_input, daemon=True).start()
+    gc.collect()
+    gc.freeze()  # as Serve does in its replicas; else a collection of what is loaded stops all requests for 0.2 s
     print("ready", flush=True)
     server.run(sockets=[socket.socket(fileno=number)])
 

@@ -66,10 +66,10 @@ class Earlier:
             raise ArtifactError(f"{uri} lacks what training needs to go on from it. Train it again with this version.")
         return cls(uri, info, vocabularies)
 
-    def check(self, settings: Ciubm, features: Sequence[str], encoder_version: str | None) -> None:
+    def check(self, settings: Ciubm, features: Mapping[str, str], encoder_version: str | None) -> None:
         """
         Args:
-            features: names of the declared ones.
+            features: kinds of the declared ones, by name.
 
         Raises:
             VersionMismatchError: its embeddings were of another encoder version.
@@ -86,13 +86,13 @@ class Earlier:
             "explicit" if rows is None else f"hashed to {rows:,} rows"
             for rows in (None if hashed is None else len(hashed), settings.num_hash_rows)
         ]
-        known = list(self.vocabularies.features.kinds)
+        known = self.vocabularies.features.kinds
         differ = [
             ("vocabulary", kinds[0], kinds[1], kinds[0] == kinds[1]),
             ("table_optimizer", self.info["table_optimizer"], settings.table_optimizer,
              self.info["table_optimizer"] == settings.table_optimizer),
             ("seeds", self.info["seeds"], list(settings.seeds), set(settings.seeds) <= set(self.info["seeds"])),
-            ("features", known, list(features), sorted(known) == sorted(features)),
+            ("features", known, dict(features), known == features),
         ]  # fmt: skip
         self._refuse([f"{name} {was} -> {now}" for name, was, now, fits in differ if not fits])
 

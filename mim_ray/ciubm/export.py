@@ -245,7 +245,7 @@ def load_ranker(uri: str, *, encoder_version: str | None = None, machines: Machi
         machines: read ID tables and networks there (machine_export.py) instead of from files.
 
     Raises:
-        ArtifactError: missing or damaged.
+        ArtifactError: missing or damaged, or (read from files) a weight is no number.
         VersionMismatchError: the model was trained on another encoder version's embeddings.
     """
     info = artifacts.read_json(f"{uri}/ctr.json")
@@ -267,8 +267,8 @@ def load_ranker(uri: str, *, encoder_version: str | None = None, machines: Machi
         folder = f"{uri}/seed-{seed}"
         tables: Lookup
         if machines is None:
-            weights = artifacts.read_tensors(f"{folder}/network.safetensors")
-            tables = IdTables.from_state(artifacts.read_tensors(f"{folder}/tables.safetensors"))
+            weights = _numbers(f"{folder}/network.safetensors")
+            tables = IdTables.from_state(_numbers(f"{folder}/tables.safetensors"))
         else:
             weights = network_of(machines, seed)
             tables = MachineTables(machines, seed, names)
@@ -278,3 +278,16 @@ def load_ranker(uri: str, *, encoder_version: str | None = None, machines: Machi
             raise ArtifactError(f"{folder} does not fit ctr.json ({error}). Train it again.") from None
         models.append((network.eval(), tables))
     return Ranker(info, items, users, features, models)
+
+
+def _numbers(uri: str) -> dict[str, Tensor]:
+    """Tensors that were trained."""
+    tensors = artifacts.read_tensors(uri)
+    bad = sorted(
+        name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()
+    )  # told once: always in one order
+    if bad:
+        raise ArtifactError(
+            f"{uri} holds weights that are no numbers (in {', '.join(sorted(bad)[:3])}). Train the model again."
+        )
+    return tensors

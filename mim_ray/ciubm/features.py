@@ -11,7 +11,7 @@ as train's mean (or median); a behavior without a time is as old as train's beha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -119,6 +119,12 @@ class Categories:
         of = None if impression is None else torch.from_numpy(impression)
         return FeatureValues(torch.from_numpy(rows), torch.from_numpy(place), of)
 
+    def grow(self, later: Categories) -> Categories:
+        """With the values that only `later` has behind its own, whose rows stay."""
+        if self.vocabulary is None or later.vocabulary is None:
+            return self
+        return replace(self, vocabulary=self.vocabulary.grow(later.vocabulary.ids))
+
     def _rows(self, values: pa.Array) -> np.ndarray:
         if self.vocabulary is not None:
             return self.vocabulary.encode(values)
@@ -176,6 +182,12 @@ class Features:
     def num_table_rows(self) -> dict[str, int]:
         """Rows by table name."""
         return {table_name(one.name): one.num_rows for one in self.categories}
+
+    def grow(self, later: Features) -> Features:
+        """With the values that only `later`, of the same declared features, has met. Normalisation and ages stay: the network
+        was trained on them."""
+        new = {one.name: one for one in later.categories}
+        return replace(self, categories=tuple(one.grow(new[one.name]) for one in self.categories))
 
     def describe(self) -> str:
         """For summaries."""

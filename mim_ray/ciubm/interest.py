@@ -34,13 +34,15 @@ def content_relevance(target: Tensor, behaviors: Tensor, behavior_mask: Tensor) 
 
 def relevance_and_comparable(target: Tensor, behaviors: Tensor, behavior_mask: Tensor) -> tuple[Tensor, Tensor]:
     """content_relevance, and (B, L) True for real behaviors that have content, as has the target."""
-    if len(behaviors) == 1:
-        dots = target @ behaviors[0].t()  # (B, L)
-    else:
-        dots = torch.bmm(target.unsqueeze(1), behaviors.transpose(1, 2)).squeeze(1)  # this order is the faster one
     target_length = torch.linalg.vector_norm(target, dim=-1, keepdim=True)  # (B, 1)
-    lengths = torch.linalg.vector_norm(behaviors, dim=-1)  # (B, L)
-    comparable = behavior_mask & (lengths > 0) & (target_length > 0)
+    lengths = torch.linalg.vector_norm(behaviors, dim=-1)  # (B, L), or (1, L)
+    usable = behavior_mask & (lengths > 0)
+    comparable = usable & (target_length > 0)
+    if len(behaviors) == 1:  # few vectors: divided before they are multiplied, and zeros stay zeros
+        scale = usable / lengths.clamp_min(1e-12)
+        cosine = (target / target_length.clamp_min(1e-12)) @ (behaviors[0] * scale.t()).t()
+        return cosine, comparable
+    dots = torch.bmm(target.unsqueeze(1), behaviors.transpose(1, 2)).squeeze(1)  # this order is the faster one
     return (dots / (lengths * target_length).clamp_min(1e-12)).masked_fill(~comparable, 0.0), comparable
 
 
@@ -93,14 +95,13 @@ def similarity_histogram(relevance: Tensor, comparable: Tensor, num_bins: int) -
     network's first layer has anyway; pads and items without content are not counted (in MUSE's code pads take part).
     """
     position = (relevance.clamp(-1.0, 1.0) + 1.0) * (0.5 * (num_bins - 1))  # in [0, num_bins - 1]
-    lower = position.floor().clamp_max(num_bins - 2)
+    lower = position.long().clamp_max(num_bins - 2)
     weight = comparable.to(relevance.dtype)
     upper_share = (position - lower) * weight
-    counts = relevance.new_zeros(relevance.shape[0], num_bins)
-    index = lower.long()
-    counts.scatter_add_(1, index, weight - upper_share)
-    counts.scatter_add_(1, index + 1, upper_share)
-    return counts.log1p()
+    counts = relevance.new_ones(relevance.shape[0], num_bins)
+    counts.scatter_add_(1, lower, weight - upper_share)
+    counts[:, 1:].scatter_add_(1, lower, upper_share)
+    return counts.log()  # log1p takes eight times as long
 
 
 def similarity_summary(relevance: Tensor, comparable: Tensor) -> Tensor:

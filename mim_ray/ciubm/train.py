@@ -67,8 +67,8 @@ def run(
     times = times_of(samples)
     rows = f"{samples}/impressions/train"
     if earlier is not None:
-        names = [feature.name for feature in scenario.data.features]
-        earlier.check(settings, names, None if opened is None else opened.encoder_version)
+        kinds = {feature.name: feature.kind for feature in scenario.data.features}
+        earlier.check(settings, kinds, None if opened is None else opened.encoder_version)
         rows = _later_rows(rows, earlier.check_times(times, samples), f"{output}/train/rows")
     if vocabularies is None:
         check_features(scenario)

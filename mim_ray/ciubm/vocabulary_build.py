@@ -71,8 +71,8 @@ def build_vocabularies(
     Args:
         min_item_count: how often an item must be a target in train to get a row of its own.
         hash_rows: rows that all ids share, of items and of users; None: explicit vocabularies.
-        earlier: whose items, users and categories keep their rows, and whose features stay as they are; it says whether
-            vocabularies are hashed.
+        earlier: whose items, users, categories and values of features keep their rows, and whose normalisation stays; it says
+            whether vocabularies are hashed.
         declared, transforms: the features, and the settings of those of them that differ from the defaults.
 
     Raises:
@@ -97,10 +97,11 @@ def build_vocabularies(
     distinct = distinct.take(pc.sort_indices(distinct))
     found = (catalogue.ids, codes, names, counts[:-1], min_item_count)
     ratio = labels.positive_ratio()
-    if earlier is not None:
-        return Vocabularies(earlier.items.grow(*found), earlier.users.grow(distinct), earlier.features, ratio)
-    users = Vocabulary(distinct) if hash_rows is None else HashedVocabulary(hash_rows)
     features = learn_features(labels.source, declared, transforms or {})
+    if earlier is not None:
+        features = earlier.features.grow(features)
+        return Vocabularies(earlier.items.grow(*found), earlier.users.grow(distinct), features, ratio)
+    users = Vocabulary(distinct) if hash_rows is None else HashedVocabulary(hash_rows)
     return Vocabularies(ItemIndex.build(*found, hash_rows=hash_rows), users, features, ratio)
 
 

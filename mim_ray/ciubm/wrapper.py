@@ -153,7 +153,10 @@ class CiUBM(nn.Module):
         counted = comparable if chosen.missing_content else mask
         parts: list[Tensor] = []
         if self.content_module:
-            parts.append(self._projected(0, content_interest(relevance, behaviors, counted, chosen.norm)))
+            if len(behaviors) == 1:  # of a ranking request: fewer than the targets, so projected before they are summed
+                parts.append(content_interest(relevance, self._projected(0, behaviors), counted, chosen.norm))
+            else:
+                parts.append(self._projected(0, content_interest(relevance, behaviors, counted, chosen.norm)))
         if self.fusion_module:
             parts.append(fusion_interest(relevance, batch.behaviors, counted, chosen.norm))
         if chosen.num_histogram_bins > 0:

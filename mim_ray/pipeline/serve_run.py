@@ -20,9 +20,11 @@ from mim_ray.pipeline.layout import Layout
 from mim_ray.pipeline.live_check import a_user, as_message, unseen_item
 from mim_ray.runtime.cluster import cluster
 from mim_ray.serving import local
+from mim_ray.serving.keys import KeyRing
 from mim_ray.serving.served import Served
 
 NUM_CANDIDATES, TOP_K = 8, 5
+KEY_VARIABLE = "MIM_RAY_KEY"  # of whoever pastes the lines: the apps know hashes only
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def serve_run(scenario: Scenario) -> None:
             base = local.start(scenario)
             requests = requests_to_try(scenario, layout, base, Path(folder))
             print(f"They listen on {base}. Try in another terminal:\n")
+            if KeyRing.of(scenario.serving) is not None:
+                print(f"# Keys are set. Name one with the scopes rank and write:\nread -rs {KEY_VARIABLE}\n")
             for request in requests:
                 print(f"# {request.says}\n{request.line}\n")
             print(
@@ -69,26 +73,29 @@ def requests_to_try(scenario: Scenario, layout: Layout, base: str, folder: Path)
     Args:
         base: URL of the apps. folder: where the item's content goes; it must stay while the lines are used.
     """
+    curl = "curl -sS"
+    if KeyRing.of(scenario.serving) is not None:
+        curl += f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
+    post = f"{curl} -H 'Content-Type: application/json'"
     item = unseen_item(scenario, layout)
     content = folder / "new_item.json"
     content.write_text(json.dumps(as_message(item)))
     user, _, candidates = a_user(scenario, layout)
     others = candidates[:NUM_CANDIDATES]
     ranking = {"user_id": user, "candidates": [*others, item.item_id], "top_k": TOP_K}
-    curl = "curl -sS -H 'Content-Type: application/json'"
     called = f" ({item.title})" if item.title else ""
     return [
         Request(
             f"Post an item that nobody has seen{called}: it is encoded and stored.",
-            f"{curl} {base}/v1/items -d {shlex.quote(f'@{content}')}",
+            f"{post} {base}/v1/items -d {shlex.quote(f'@{content}')}",
         ),
         Request(
             f"Rank it for a user, among {len(others)} others.",
-            f"{curl} {base}/v1/rank -d {shlex.quote(json.dumps(ranking))}",
+            f"{post} {base}/v1/rank -d {shlex.quote(json.dumps(ranking))}",
         ),
         Request(
             "The items that look and are called like it.",
-            f"curl -sS {shlex.quote(f'{base}/v1/similar/{item.item_id}?top_k={TOP_K}')}",
+            f"{curl} {shlex.quote(f'{base}/v1/similar/{item.item_id}?top_k={TOP_K}')}",
         ),
     ]
 

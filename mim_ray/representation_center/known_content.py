@@ -1,7 +1,8 @@
 """Which content each item has now, as a hash: so that the same content sent again is not encoded again.
 
 The snapshot answers for what it shows (mapped, nothing is loaded); the table's rows after it and the window segments are held
-beside it, about 200 bytes for each item that changed since the snapshot.
+beside it, about 200 bytes for each item that changed since the snapshot. Who stays open for long asks now and then whether
+there is a newer snapshot (`opened_again`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from mim_ray.representation_center.current_rows import current_row_numbers, time
 from mim_ray.representation_center.data_files import SCHEMA, DataFile
 from mim_ray.representation_center.key_index import KeyIndex, build_key_index, string_array
 from mim_ray.representation_center.snapshot import NO_TIME, Snapshot
+from mim_ray.representation_center.snapshot_files import read_manifest
+from mim_ray.representation_center.snapshot_line import current_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.table_tail import TableTail
 from mim_ray.representation_center.updates import WindowTail
@@ -54,6 +57,7 @@ class KnownContent:
 
     def __init__(self, table: EmbeddingTable, window: str, encoder_version: str, *, line: str) -> None:
         self.encoder_version = encoder_version
+        self._source = (table, window, line)
         self._tail = WindowTail(window, encoder_version)
         self._commits: TableTail | None = None
         self._problem = ""
@@ -88,6 +92,16 @@ class KnownContent:
                 for rows in file.batches(_COLUMNS):
                     self.add(rows)
             self._commits.done()
+
+    def opened_again(self) -> KnownContent | None:
+        """The same upon the newest snapshot, where that shows later commits than this one's; else None. This one stays usable,
+        and what is added to it meanwhile the other one sees with its next `refresh`, if it is stored."""
+        table, window, line = self._source
+        shown = -1 if self.snapshot is None else self.snapshot.delta_version
+        state = current_snapshot(line)
+        if state is None or read_manifest(f"{line}/{state}")["delta_version"] <= shown:
+            return None
+        return KnownContent(table, window, self.encoder_version, line=line)
 
     def add(self, rows: pa.Table) -> None:
         """Take in rows of a window segment, or of the table."""

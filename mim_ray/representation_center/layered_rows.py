@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,8 @@ class Embeddings:
 
     Attributes:
         matrix: (n, D) float32 (or as asked for), zeros where not found. found: (n,) bool.
-        category: (n,) strings; null unless the item came after the snapshot and its message named one.
+        category: (n,) strings; null unless the item came after the snapshot, or is in `LayeredRows.named`, and its message named
+            one.
     """
 
     matrix: np.ndarray
@@ -35,10 +36,14 @@ class LayeredRows:
 
     Args:
         overlays: one, or one of each shard of the keys (`shard_of`); None where the keys of a shard are not asked for.
+
+    Attributes:
+        named: categories, by item id, that messages named before the snapshot was made: a snapshot holds none.
     """
 
     def __init__(self, snapshot: Snapshot, overlays: Sequence[Overlay | None]) -> None:
         self.snapshot, self.overlays = snapshot, overlays
+        self.named: Mapping[str, str] = {}
 
     def get(self, ids: Ids, *, dtype: type = np.float32) -> Embeddings:
         """The newest embedding of each id; see the module for unknown ones. Any number of threads may ask.
@@ -50,13 +55,13 @@ class LayeredRows:
         filled = [(shard, overlay) for shard, overlay in enumerate(self.overlays) if overlay and overlay.num_items]
         if not filled:
             rows = self.snapshot.lookup(keys)
-            return Embeddings(self._gather(rows, dtype), rows >= 0, pa.nulls(len(keys), pa.string()))
+            return Embeddings(self._gather(rows, dtype), rows >= 0, self._named(keys))
         hashes = hash_ids(keys)
         shards = shard_of(hashes, len(self.overlays)) if len(self.overlays) > 1 else None
         rows = self.snapshot.lookup(keys, hashes)
         found = rows >= 0
         matrix = self._gather(rows, dtype)
-        category = pa.nulls(len(keys), pa.string())
+        category = self._named(keys)
         for shard, overlay in filled:
             asked = np.arange(len(keys)) if shards is None else np.flatnonzero(shards == shard)
             mine = keys if shards is None else keys.take(pa.array(asked))
@@ -71,6 +76,11 @@ class LayeredRows:
                 mask[hit] = True
                 category = pc.replace_with_mask(category, pa.array(mask), overlay.category(rows))
         return Embeddings(matrix, found, category)
+
+    def _named(self, keys: pa.LargeStringArray) -> pa.Array:
+        if not self.named:
+            return pa.nulls(len(keys), pa.string())
+        return pa.array([self.named.get(key) for key in keys.to_pylist()], pa.string())
 
     def _gather(self, rows: np.ndarray, dtype: type) -> np.ndarray:
         if self.snapshot.dtype == np.dtype(dtype).name:

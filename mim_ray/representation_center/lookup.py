@@ -15,6 +15,7 @@ hides newer. A row enters the overlay only where it wins.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.table_tail import TableTail
 from mim_ray.representation_center.updates import WindowTail
 
+logger = logging.getLogger(__name__)
 NOT_COMMITTED = np.iinfo(np.int64).max  # commit_version of a segment that is not folded yet: after all commits
 STORAGE_PROBLEMS = (MimRayError, OSError, DeltaError)
 """What `EmbeddingLookup.refresh` may raise: storage is away for a moment, or a segment is damaged. Go on and try again."""
@@ -88,7 +90,7 @@ class EmbeddingLookup(LayeredRows):
         """When the newest segment that was taken in was stored (time_ns); 0 before the first."""
         self._waiting: list[tuple[str, pa.Table]] = []  # read from the window, not taken in yet
         self._lock = threading.Lock()
-        self.refresh()
+        self.catch_up()
 
     @property
     def encoder_version(self) -> str:
@@ -114,6 +116,23 @@ class EmbeddingLookup(LayeredRows):
             ArtifactError: a segment is damaged; all others are taken in.
             OSError, DeltaError: storage does not answer; the next call tries again.
         """
+        num, damaged = self._refresh(now)
+        if damaged is not None:
+            raise damaged
+        return num
+
+    def catch_up(self) -> None:
+        """`refresh`, where a damaged segment is told in the log only: a reader that does not start because of it is worse.
+
+        Raises:
+            OSError, DeltaError: storage does not answer.
+        """
+        _, damaged = self._refresh(now=True)
+        if damaged is not None:
+            logger.error("%s", damaged)
+
+    def _refresh(self, now: bool) -> tuple[int, ArtifactError | None]:
+        """Rows that changed something; what is wrong with a segment of the window."""
         with self._lock:
             started = time.monotonic_ns()
             # The window first: what is folded and deleted in between is then in the table.
@@ -134,9 +153,7 @@ class EmbeddingLookup(LayeredRows):
                 self._table_at = started / 1e9
                 self._segments |= folded
             self.overlay.synced(started)
-            if damaged is not None:
-                raise damaged
-            return num
+            return num, damaged
 
     def push(self, segment_id: str, rows: pa.Table) -> int:
         """Take in a segment (rows of `updates.segment_rows`) that is stored already; the number of rows that changed something.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Mapping
@@ -150,6 +151,16 @@ class MachineCalls:
         if isinstance(problem, ActorDiedError):
             self.forget(shard, replica)
         return str(problem).partition("\n")[0] or type(problem).__name__
+
+
+def answers_of(calls: list[Any], timeout_s: float) -> tuple[list[Any], list[Any]]:
+    """What calls answered in time, those that failed left out; and the calls that did not."""
+    done, late = ray.wait(calls, num_returns=len(calls), timeout=timeout_s, fetch_local=False) if calls else ([], [])
+    answers = []
+    for call in done:
+        with contextlib.suppress(RayError):  # the machine is away
+            answers.append(ray.get(call))
+    return answers, late
 
 
 def actor_name(state: str, shard: int, replica: int) -> str:

@@ -116,11 +116,14 @@ class ReleasePart:
                     logger.warning("New rows of table %s are not read at the moment: %s", name, error)
                 self.last_problem = str(error)
 
-    def push(self, encoder_version: str, segment_id: str, rows: pa.Table) -> None:
-        """Take in a stored segment, in every table of that encoder version."""
+    def push(self, encoder_version: str, segment_id: str, rows: pa.Table) -> bool:
+        """Take in a stored segment, in every table of that encoder version; whether there is one."""
+        taken = False
         for name, table in self.tables.items():
             if table.encoder_version == encoder_version and self.release.tables[name].window is not None:
                 table.push(segment_id, rows)
+                taken = True
+        return taken
 
     def lookup(self, table: str, keys: pa.LargeStringArray) -> Vectors:
         """Vectors as they travel: float16 where the snapshot stores that, else float32; nothing is lost either way.

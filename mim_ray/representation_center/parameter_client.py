@@ -13,7 +13,6 @@ never mixes two releases: while machines switch, the question is asked again, of
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 from ray.exceptions import RayError
 
 from mim_ray.config.scenario import ParameterMachines as Settings
@@ -32,7 +30,7 @@ from mim_ray.representation_center.direct_read import View
 from mim_ray.representation_center.key_index import shard_of, string_array
 from mim_ray.representation_center.layered_rows import Embeddings, as_float32
 from mim_ray.representation_center.local_machines import LocalMachines
-from mim_ray.representation_center.machine_calls import MachineCalls
+from mim_ray.representation_center.machine_calls import MachineCalls, answers_of
 from mim_ray.representation_center.machine_tables import Reply, Vectors, shard_of_name
 
 PIECE_BYTES = 180_000  # as float32; half of it where float16 travels, which Ray sends at once (its limit is 100 KiB)
@@ -160,8 +158,10 @@ class ParameterClient:
             raise self._unavailable({shard}, problems)
         return bytes(replies[shard].content)
 
-    def push(self, encoder_version: str, segment_id: str, rows: pa.Table) -> None:
-        """Send a stored segment to all machines; returns at once. One that does not get it finds it in the window."""
+    def push(self, encoder_version: str, segment_id: str, rows: pa.Table) -> bool:
+        """Send a stored segment to all machines; whether all of them had it within `machines.hedge_ms`. One that does not get it
+        finds it in the window."""
+        calls: list[Any] = []
         shards = shard_of(hash_ids(rows["item_id"]), self.settings.shards)
         for shard in range(self.settings.shards):
             part = rows.filter(pa.array(shards == shard))
@@ -172,15 +172,13 @@ class ParameterClient:
             for replica in range(self.settings.replicas):
                 try:
                     actor = self._calls.actor(shard, replica)
-                    self._pushes.append(actor.push.remote(encoder_version, segment_id, content))
+                    calls.append(actor.push.remote(encoder_version, segment_id, content))
                 except (RayError, ValueError):
                     self._calls.forget(shard, replica)
-        if self._pushes:
-            done, self._pushes = ray.wait(self._pushes, num_returns=len(self._pushes), timeout=0, fetch_local=False)
-            self._pushes = self._pushes[-MOST_PUSHES:]
-            for call in done:
-                with contextlib.suppress(RayError):  # the machine is away
-                    ray.get(call)
+        answers, late = answers_of(calls, self.settings.hedge_ms / 1e3)
+        _, self._pushes = answers_of(self._pushes, 0.0)
+        self._pushes = [*self._pushes, *late][-MOST_PUSHES:]
+        return answers.count(True) == self.settings.shards * self.settings.replicas
 
     def _of_release(self, replies: dict[int, Reply], serial: int) -> dict[int, Reply]:
         newer = [reply.release_id for reply in replies.values() if reply.problem]

@@ -118,14 +118,18 @@ class ParameterMachine:
         content = part.dense.get(name)
         return Reply(part.serial, part.release.release_id, NOT_THERE if content is None else "", content)
 
-    def push(self, encoder_version: str, segment_id: str, rows: bytes) -> None:
-        """Take in a stored segment's rows (an Arrow stream). Whatever fails here, the window brings them."""
+    def push(self, encoder_version: str, segment_id: str, rows: bytes) -> bool:
+        """Take in a stored segment's rows (an Arrow stream); whether the current release has them now. Whatever fails here, the
+        window brings them."""
         table = pa.ipc.open_stream(rows).read_all()
+        taken = []
         for part in list(self._parts.values()):
             try:
-                part.push(encoder_version, segment_id, table)
+                if part.push(encoder_version, segment_id, table):
+                    taken.append(part)
             except STORAGE_PROBLEMS as error:
                 logger.warning("A pushed segment was not taken in: %s", error)
+        return self._current in taken
 
     def prepare(self, serial: int, release: dict[str, Any]) -> None:
         """Open a release beside the current one.

@@ -73,8 +73,8 @@ class MachineActor:
         return self._machine.dense(serial, name)
 
     @ray.method(concurrency_group="write")
-    def push(self, encoder_version: str, segment_id: str, rows: bytes) -> None:
-        self._machine.push(encoder_version, segment_id, rows)
+    def push(self, encoder_version: str, segment_id: str, rows: bytes) -> bool:
+        return self._machine.push(encoder_version, segment_id, rows)
 
     @ray.method(concurrency_group="change")
     def change(self, method: Literal["ready", "prepare", "activate", "forget", "close"], *args: Any) -> Any:

@@ -51,10 +51,13 @@ class BehaviorStore:
             raise ArtifactError(
                 f"{uri} is not there, so no user's behaviors are known. Run jobs/build_samples.py first."
             )
-        source = artifacts.fingerprint(uri, artifacts.source_fingerprint(uri), _SCHEMA.names)
-        path = _cache_folder() / f"behaviors-{source}.arrow"
+        store, source = artifacts.fingerprint(uri)[:16], artifacts.source_fingerprint(uri)
+        path = _cache_folder() / f"behaviors-{store}-{artifacts.fingerprint(source, _SCHEMA.names)}.arrow"
         if not path.exists():
             _write_sorted(_read(uri), path)
+            others = [other for other in path.parent.glob(f"behaviors-{store}-*.arrow") if other != path]
+            for old in sorted(others, key=_written_at)[:-1]:  # who has them mapped keeps them
+                old.unlink(missing_ok=True)
         with pa.memory_map(str(path)) as file:
             return cls(pa.ipc.open_file(file).read_all())
 
@@ -76,6 +79,13 @@ class BehaviorStore:
             return [], None
         behaviors, times = self._behaviors[low].as_py(), self._times[low].as_py()
         return behaviors, times if times is not None and len(times) == len(behaviors) else None
+
+
+def _written_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process was first
+        return 0.0
 
 
 def _read(uri: str) -> pa.Table:

@@ -4,14 +4,17 @@
     answer = client.rank("u17", ["i3", "i1", "i2"], top_k=2)
     client.events([{"user_id": "u17", "item_id": "i1", "event": "click", "request_id": answer["request_id"]}])
 
-Standard library only. Thread-safe: each thread has a connection of its own, which stays open. What may be tried again: a
-connection that breaks or is refused, and 5xx answers. Asking twice is harmless: rankings change nothing, events carry an
-Idempotency-Key, the same item's content is encoded once.
+Standard library only. Thread-safe: each thread has a connection of its own, which stays open. What is tried again, once: a
+connection that breaks, 5xx answers and 408. Asking twice is harmless: rankings change nothing, events carry an Idempotency-Key,
+the same item's content is encoded once. A request that nobody took, because connections are refused or the proxy has just
+started and knows no app yet, is no try: it is offered until the deadline. So a proxy that dies and comes back in time costs
+nothing but that time.
 """
 
 from __future__ import annotations
 
 import base64
+import errno
 import http.client
 import json
 import random
@@ -30,6 +33,10 @@ from mim_ray.errors import ConfigError, RequestError, UnavailableError
 
 MAX_ANSWER_BYTES = 64 * 2**20
 BACKOFF_S = 0.02  # before the second try, where the server names no time
+MOST_BACKOFF_S = 0.25  # between offers to a server that is away
+_AWAY = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
+_TOO_SLOW = 408  # the server gave up waiting for all of the request, and has done nothing
+_NO_ROUTES = b"/-/routes"  # in the 404 of a Serve proxy that knows no app of this path
 _STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
 
 
@@ -37,7 +44,7 @@ class Client:
     """
     Args:
         base_url: of both apps, such as https://ranking.shop. key: an API key.
-        deadline_s: in which a call answers or raises, the retry included.
+        deadline_s: in which a call answers or raises, the retry and the waiting for a server included.
 
     Raises:
         ConfigError: the URL is none.
@@ -119,23 +126,25 @@ class Client:
         if idempotency_key is not None:
             headers["Idempotency-Key"] = idempotency_key
         deadline = time.monotonic() + self._deadline_s
-        wait_s, problem = 0.0, ""
-        for attempt in range(2):
-            if time.monotonic() + wait_s >= deadline:
-                break
+        wait_s, problem, tries, offers = 0.0, "", 0, 0
+        while tries < 2 and time.monotonic() + wait_s < deadline:
             time.sleep(wait_s)
             try:
                 status, answer_headers, answer = self._exchange(method, path, content, headers, deadline)
             except (OSError, http.client.HTTPException) as error:
                 self.close()
                 problem = f"{type(error).__name__}: {error}"
-                wait_s = BACKOFF_S * random.uniform(0.5, 1.5)
+                tries, wait_s = tries + 1, _backoff_s(0)
                 continue
-            if status < 500:
+            if status == 404 and _NO_ROUTES in answer:
+                problem = f"404: {_sentence(answer)}"
+                offers, wait_s = offers + 1, _backoff_s(offers)
+                continue
+            if status < 500 and status != _TOO_SLOW:
                 return _answer(status, answer)
             problem = f"{status}: {_sentence(answer)}"
-            named = _retry_after(answer_headers.get("Retry-After")) if attempt == 0 else None
-            wait_s = BACKOFF_S * random.uniform(0.5, 1.5) if named is None else named
+            named = _retry_after(answer_headers.get("Retry-After")) if tries == 0 else None
+            tries, wait_s = tries + 1, _backoff_s(0) if named is None else named
         raise UnavailableError(
             f"{method} {path.partition('?')[0].split('/similar/')[0]} of {self._host} was not answered within "
             f"{self._deadline_s:g} s ({problem or 'no time was left'}). Try again, or go on without."
@@ -151,15 +160,31 @@ class Client:
                 return self._on(connection, method, path, content, headers, deadline)
             except _STALE:
                 self.close()
-        timeout = _left(deadline)
-        if self._tls is None:
-            connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout)
-        else:
-            connection = http.client.HTTPSConnection(self._host, self._port, timeout=timeout, context=self._tls)
-        connection.connect()
+        connection = self._connected(deadline)
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._of_thread.connection = connection
         return self._on(connection, method, path, content, headers, deadline)
+
+    def _connected(self, deadline: float) -> http.client.HTTPConnection:
+        """A new connection. Where nobody listens: as soon as somebody does."""
+        offers = 0
+        while True:
+            timeout = _left(deadline)
+            if self._tls is None:
+                connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout)
+            else:
+                connection = http.client.HTTPSConnection(self._host, self._port, timeout=timeout, context=self._tls)
+            try:
+                connection.connect()
+                return connection
+            except OSError as error:
+                connection.close()
+                if not isinstance(error, ConnectionError) and error.errno not in _AWAY:
+                    raise
+                time.sleep(max(0.0, min(_backoff_s(offers), deadline - time.monotonic())))
+                if time.monotonic() >= deadline:
+                    raise
+                offers += 1
 
     def _on(
         self,
@@ -191,6 +216,11 @@ class Client:
         if response.will_close:
             self.close()
         return response.status, response.headers, b"".join(parts)
+
+
+def _backoff_s(offers: int) -> float:
+    """Before the next offer, after so many that nobody took."""
+    return float(min(BACKOFF_S * 2 ** min(offers, 10), MOST_BACKOFF_S) * random.uniform(0.5, 1.5))
 
 
 def _left(deadline: float) -> float:

@@ -2,8 +2,8 @@
 
 Written behind the rankings' back: a ranking puts its answer into a bounded queue and goes on; a thread stores what came every
 EVERY_S seconds as one durable segment of the log center/exposures, which is folded into Parquet like the events'. Where
-storage is slow or away the queue fills, and what does not fit is dropped and counted. A process that is killed loses what
-waited, a second's worth at most while storage works.
+storage is slow or away the queue fills, and what does not fit is dropped and counted. A replica that Serve stops stores what waits
+at its end; a process that is killed loses it, a second's worth at most while storage works.
 
 Users are hashed, with the key in the environment variable MIM_RAY_USER_HASH_KEY where there is one: without a key, whoever
 has both the log and a list of user ids can tell who is who.
@@ -64,11 +64,11 @@ class Exposures:
         log: from `exposure_log`.
 
     Attributes:
-        num_logged, num_dropped: requests that were stored, and that did not fit into the queue.
+        num_dropped: requests that did not fit into the queue.
     """
 
     def __init__(self, log: RowLog, *, max_queued: int = MAX_QUEUED) -> None:
-        self.num_logged = self.num_dropped = 0
+        self.num_dropped = 0
         self._log = log
         self._queue: queue.Queue[Shown] = queue.Queue(max_queued)
         self._batch: tuple[str, list[Shown]] | None = (
@@ -112,7 +112,6 @@ class Exposures:
                 rows = rows_of(answers)
                 if rows.num_rows:
                     self._log.append_as(segment_id, rows)
-                self.num_logged += len(answers)
                 self._batch = None
                 if not answers:
                     return
@@ -121,6 +120,13 @@ class Exposures:
         """Store what waits, and take no more care of what comes."""
         self._stop.set()
         self.write()
+
+    def close(self) -> None:
+        """`stop` at the end of a process: what cannot be stored now is lost, and told."""
+        try:
+            self.stop()
+        except Exception:
+            logger.exception("the last answers could not be logged as exposures")
 
 
 def exposure_log(center: str) -> RowLog:

@@ -52,9 +52,21 @@ def check_exposure(serving: Serving) -> Serving:
     return serving if keys is None else serving.model_copy(update={"require_keys": True})
 
 
+def on_fast_path() -> bool:
+    """Whether requests come from HAProxy straight to the replicas."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") == "1"
+
+
+def max_queued_rankings(serving: Serving) -> int:
+    """`serving.max_queued_requests`, or its default where requests come from."""
+    if serving.max_queued_requests is not None:
+        return serving.max_queued_requests
+    return 4 if on_fast_path() else 200
+
+
 def exposed_by(serving: Serving) -> str | None:
     """What lets others than this machine reach the apps; None where nothing does, as far as this process can see."""
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") == "1":
+    if on_fast_path():
         return "RAY_SERVE_ENABLE_HA_PROXY=1 makes Ray Serve listen on all interfaces"
     if not is_loopback(serving.host):
         return f"serving.host = {serving.host} can be reached from other machines"

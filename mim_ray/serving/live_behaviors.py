@@ -3,7 +3,8 @@
 A replica that stores an event shows it in its next answer; the others follow the log and show it a moment later. What
 counts as a behavior is what counted when the samples were made (samples.positive_events, samples.min_rating).
 
-Events reach the store when jobs/build_samples.py runs with them in its log (jobs/export_events.py puts them there).
+Events reach the store when jobs/build_samples.py runs with them in its log (jobs/export_events.py puts them there); a replica
+that runs takes the newer store over (`reopen`).
 One that is in both, with the same time and item, counts once. Memory is bounded: the newest `max_behaviors` of a user, and
 beyond `max_live_behaviors` in all, the users whose last event came the longest time ago are forgotten here.
 """
@@ -36,6 +37,8 @@ from mim_ray.serving.row_log_files import SEGMENT
 
 logger = logging.getLogger("ray.serve")
 FOLLOW_EVERY_S = 0.1
+REOPEN_EVERY_S = 10.0  # how often a newer build of the store is looked for
+_MADE = "made "
 REMEMBERED_IDS = 200_000  # of the newest events: a repeated post is not even written
 
 
@@ -65,6 +68,7 @@ class LiveBehaviors:
         self._lock = threading.Lock()
         self._polling = threading.Lock()
         self._stop = threading.Event()
+        self._uri, self._build, self._coming = "", "", ""
 
     @classmethod
     def open(cls, behaviors: str, center: str, serving: Serving) -> LiveBehaviors:
@@ -77,6 +81,7 @@ class LiveBehaviors:
             ArtifactError: no store is there.
         """
         rules = rules_of(behaviors)
+        build = build_of(behaviors, with_manifest=False) if artifacts.exists(behaviors) else ""
         live = cls(
             BehaviorStore.open(behaviors),
             event_log(center),
@@ -84,8 +89,10 @@ class LiveBehaviors:
             max_behaviors=rules.max_behaviors,  # the most that any model of these samples looks at
             max_live_behaviors=serving.max_live_behaviors,
         )
+        live._uri, live._build = behaviors, build
         live.load(datetime.now(UTC) - timedelta(days=serving.live_behaviors_days))
         live.start(FOLLOW_EVERY_S, serving.fold_events_s)
+        repeat(live, live._stop, "reopen-behaviors", lambda: REOPEN_EVERY_S, LiveBehaviors.reopen)
         return live
 
     def __len__(self) -> int:
@@ -168,6 +175,23 @@ class LiveBehaviors:
         often = lambda: fold_every_s * random.uniform(0.2, 0.3)  # noqa: E731 - replicas drift apart
         repeat(self, self._stop, "fold-events", often, lambda live: live._log.fold(wait_s=fold_every_s))
 
+    def reopen(self) -> None:
+        """Take a newer build of the store over when it is whole: the same at two looks, and, where the store had a manifest
+        before, with one. Its rules count for events from now on; those that are held stay.
+
+        Raises:
+            ArtifactError: it cannot be read; the one before goes on.
+        """
+        build = build_of(self._uri, with_manifest=self._build.startswith(_MADE))
+        if build == self._build or build != self._coming:
+            self._coming = build
+            return
+        if build:
+            store, self._rules = BehaviorStore.open(self._uri), rules_of(self._uri)
+            self._max_behaviors = self._rules.max_behaviors
+            self._store, self._build = store, build
+            logger.info("behaviors of %d users are read from a newer build of the samples", len(store))
+
     def stop(self) -> None:
         self._stop.set()
 
@@ -200,6 +224,18 @@ def rules_of(behaviors: str) -> Samples:
     """The settings with which the samples beside `behaviors` were made."""
     manifest = artifacts.read_manifest(behaviors.rpartition("/")[0])
     return Samples() if manifest is None else Samples.model_validate(manifest.scenario.get("samples", {}))
+
+
+def build_of(behaviors: str, *, with_manifest: bool) -> str:
+    """Names what is there: the samples' manifest, or, where there never was one, the files. "" while the samples are made.
+
+    Args:
+        with_manifest: a finished build has one here.
+    """
+    manifest = artifacts.read_manifest(behaviors.rpartition("/")[0])
+    if manifest is not None:
+        return f"{_MADE}{manifest.fingerprint} {manifest.created_at}"
+    return "" if with_manifest else artifacts.source_fingerprint(behaviors)
 
 
 def _listed(rows: pa.Table) -> Iterator[tuple[str, Behavior]]:

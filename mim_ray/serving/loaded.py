@@ -24,9 +24,7 @@ from mim_ray.ciubm.machine_rows import MachineRows
 from mim_ray.ciubm.request import Request
 from mim_ray.ciubm.tables import Lookup
 from mim_ray.config.scenario import ParameterMachines
-from mim_ray.data.ids import Ids
 from mim_ray.errors import ArtifactError
-from mim_ray.representation_center.layered_rows import Embeddings
 from mim_ray.representation_center.lookup import STORAGE_PROBLEMS
 from mim_ray.representation_center.parameter_client import ParameterClient
 from mim_ray.representation_center.parameter_store import ParameterStore
@@ -56,13 +54,15 @@ class RequestRows:
 
 
 class Rows(Protocol):
-    """Where the rows of requests come from."""
+    """Where the rows of requests come from.
+
+    Attributes:
+        waits: `get` asks other processes.
+    """
+
+    waits: bool
 
     def get(self, request: Request) -> RequestRows: ...
-
-    def embeddings(self, ids: Ids) -> Embeddings:
-        """The newest MM embedding of each id."""
-        ...
 
     def close(self) -> None:
         """Let go of what a thread does for it; requests that run may finish."""
@@ -71,6 +71,8 @@ class Rows(Protocol):
 
 class LocalRows:
     """Tables in this process."""
+
+    waits = False
 
     def __init__(self, store: ParameterStore) -> None:
         self.store = store
@@ -91,9 +93,6 @@ class LocalRows:
         batch = request.batch(vectors, found, names)
         return RequestRows(batch, None, found[request.num_behaviors :], request.unknown)
 
-    def embeddings(self, ids: Ids) -> Embeddings:
-        return Embeddings(*self.store.multi_get(ids))
-
     def close(self) -> None:
         self.store.stop()
 
@@ -101,8 +100,10 @@ class LocalRows:
 class RemoteRows:
     """Tables on the parameter machines: one call for a request."""
 
+    waits = True
+
     def __init__(self, model: Ranker, machines: OfRelease) -> None:
-        self._rows, self._machines = MachineRows(model, machines), machines
+        self._rows = MachineRows(model, machines)
 
     def get(self, request: Request) -> RequestRows:
         """What a shard that is away would have held counts as unknown, when the deadline is over.
@@ -114,10 +115,6 @@ class RemoteRows:
         away = ((CONTENT, found.content_away), (TABLES, found.rows_away))
         degraded = tuple(name for name, is_away in away if is_away)
         return RequestRows(found.batch, found.tables, found.has_content, found.unknown, degraded)
-
-    def embeddings(self, ids: Ids) -> Embeddings:
-        answer = self._machines.get_many({"mm": ids})["mm"]
-        return Embeddings(answer.matrix, answer.found, answer.category)
 
     def close(self) -> None:
         pass

@@ -7,6 +7,8 @@ Rankers with the same machines.state follow what the machines hold.
 
 from __future__ import annotations
 
+import numpy as np
+
 from mim_ray import artifacts
 from mim_ray.ciubm.export import load_ranker
 from mim_ray.ciubm.machine_export import networks_of, write_for_machines
@@ -19,8 +21,8 @@ from mim_ray.serving.served import Served
 
 
 def current_release(scenario: Scenario) -> MachineRelease:
-    """The release that was promoted last, as machines hold it. The model is opened once, so that what rankers would refuse
-    never gets to the machines.
+    """The release that was promoted last, as machines hold it. The model is opened and tried once, so that what rankers would
+    refuse never gets to the machines.
 
     Raises:
         ArtifactError: nothing was promoted, or something is missing or damaged. VersionMismatchError: versions differ.
@@ -29,7 +31,9 @@ def current_release(scenario: Scenario) -> MachineRelease:
     release = read_release(served.center)
     if release is None or release.number != served.release:
         raise ArtifactError(f"{served.center} has no release yet. Promote one first: jobs/promote.py … promote.")
-    load_ranker(served.ctr, encoder_version=release.encoder_version)
+    model = load_ranker(served.ctr, encoder_version=release.encoder_version)
+    if not np.isfinite(model.predict(model.request("", ["", ""], ["", "a", "b"]).batch())).all():
+        raise ArtifactError(f"{served.ctr} gives probabilities that are no numbers. Train it again.")
     state = artifacts.fingerprint([artifacts.source_fingerprint(uri) for uri in networks_of(served.ctr).values()])
     tables, dense = write_for_machines(served.ctr, f"{served.ctr}/machines/{state}")
     return MachineRelease.of(served.center, release, id_tables=tables, dense=dense)

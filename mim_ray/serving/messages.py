@@ -230,7 +230,8 @@ class EncodedItem(Message):
     changed: bool
     """False: the same or newer content was already there, and nothing was done."""
     rankable: bool
-    """The item's embedding is durable; rankers see it within a fraction of a second."""
+    """It is on all parameter machines; or there are none, and rankers read it within a fraction of a second. False: not all of
+    them have confirmed it in time. It is durable, and they find it by themselves."""
 
 
 class NewItemsResponse(Message):
@@ -265,10 +266,10 @@ class Ready(Message):
     num_items: int | None = None
     """Items whose MM embedding is known."""
     default_features: dict[str, int] = {}
-    """Requests since this replica started that lacked a declared feature, by feature."""
+    """Requests since this replica started that lacked a declared feature, by feature; of all arms of an A/B test."""
     degraded: dict[str, int] = {}
-    """Answers since this replica started that lacked something, by what."""
+    """Answers since this replica started that lacked something, by what; of all arms."""
     release: int | None = None
     """Number of the release that serves; null where nothing was promoted."""
     refused: str | None = None
-    """Why a release that was promoted is not served; null when there is none such."""
+    """What sort of problem keeps a release that was promoted from being served; null when there is none such."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import count
 from math import isnan, nan
 from typing import Literal
 
@@ -28,7 +29,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mim_ray.representation_center.parameter_store import ParameterStore
 
 LATENCY_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
-HEALTH_ROWS = 256  # of a request, that the health of embeddings is measured with
+HEALTH_ROWS = 256  # of an answer, that the health of embeddings is measured with
+HEALTH_EVERY = 8  # answers
 Stage = Literal["parse", "lookup", "network", "total"]
 Joined = Literal["sum", "max", "mean"]
 GAUGES: dict[str, tuple[str, Joined]] = {
@@ -110,6 +112,7 @@ class Metrics:
             name: Gauge(name, text, ["app"], registry=registry) for name, (text, _) in GAUGES.items()
         }  # all of them: one without a value is named still
         self._versions = versions
+        self._answers = count()
         self._version_info = Gauge(
             "mim_ray_version_info",
             "Processes that serve these versions.",
@@ -165,6 +168,10 @@ class Metrics:
         """One answer of the new-item encoder."""
         self._encoded.inc(changed)
         self._unchanged.inc(unchanged)
+
+    def wants_embeddings(self) -> bool:
+        """Whether this answer's vectors are to be given to `embeddings`: one in `HEALTH_EVERY` is enough, and costs less."""
+        return next(self._answers) % HEALTH_EVERY == 0
 
     def embeddings(self, vectors: np.ndarray) -> None:
         """Health of (n, D) candidates' vectors: their lengths, and how alike those are that follow each other.

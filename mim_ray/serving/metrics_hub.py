@@ -138,6 +138,7 @@ class Reporter:
         self._thread.start()
 
     def stop(self) -> None:
+        """Send what was counted last, and no more."""
         self._stop.set()
         self._thread.join()
 
@@ -166,14 +167,15 @@ class Reporter:
             self._ray.show(families)
 
     def _run(self) -> None:
-        failed = 0
-        while not self._stop.wait(REPORT_EVERY_S):
+        failed, stopping = 0, False
+        while not stopping:
+            stopping = self._stop.wait(REPORT_EVERY_S)
             try:
                 self._send()
                 failed = 0
             except (RayError, ValueError) as error:
                 failed += 1
-                if failed == WARN_AFTER:
+                if failed == WARN_AFTER or stopping:
                     logger.warning("metrics of other processes cannot be joined: %s", type(error).__name__)
 
 
@@ -184,8 +186,14 @@ class _RayMetrics:
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
         self._shown: dict[tuple[str, Labels], float] = {}
+        self._last: set[tuple[str, Labels]] = set()
 
     def show(self, families: Sequence[Family]) -> None:
+        """What is not there any more, such as the version before this one, becomes 0: Ray goes on showing what it was told."""
+        now = {(name, labels) for one in families if one.kind == "gauge" for name, labels, _ in one.samples}
+        for name, labels in self._last - now:
+            self._gauges[name].set(0.0, dict(labels))
+        self._last = now
         for family in families:
             for name, labels, value in family.samples:
                 if name.endswith("_bucket"):

@@ -107,6 +107,11 @@ class NewItemReplica:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return new_item_api(self._encoder, self._serving, self._metrics)
 
+    def __del__(self) -> None:
+        """Serve calls it at the orderly end of a replica. What was acknowledged is durable; only counts are left to be told."""
+        if "_reporter" in vars(self):
+            self._reporter.stop()
+
     async def embed_query(self, image: bytes | None, title: str | None) -> tuple[np.ndarray, str] | RequestError:
         """For the ranking app's /v1/search/image: the query's vector (D,) and this encoder's version, or why it has none."""
         current = self._encoder.rollout.current
@@ -166,7 +171,7 @@ def bind_new_item_encoder(scenario: Scenario, served: Served | None = None) -> A
         name="NewItems",
         num_replicas=serving.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        max_queued_requests=serving.max_queued_requests,
+        max_queued_requests=serving.max_queued_new_items,
         backpressure_config=FULL_QUEUE,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
     )(serve.ingress()(NewItemReplica))

@@ -21,9 +21,11 @@ from mim_ray.representation_center.known_content import KnownContent
 from mim_ray.representation_center.new_items import Push, store_new_items
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import segment_rows
+from mim_ray.serving.background import repeat
 from mim_ray.serving.messages import EncodedItem, NewItem, NewItemsRequest, NewItemsResponse
 from mim_ray.serving.pictures import Pictures, TimeLimits
 
+NEWER_SNAPSHOT_EVERY_S = 10.0
 MAX_CLOCK_SKEW = timedelta(minutes=5)
 
 
@@ -82,6 +84,13 @@ class NewItemEncoder:
             line=f"{center}/snapshots/{self.encoder_version}",
         )
         self._lock = threading.Lock()  # one request at a time looks up, encodes and stores
+        repeat(
+            self,
+            threading.Event(),
+            "newer-snapshot",
+            lambda: NEWER_SNAPSHOT_EVERY_S,
+            NewItemEncoder.take_newer_snapshot,
+        )
 
     def encode(self, request: NewItemsRequest) -> NewItemsResponse:
         """Encode and store what is new among the items; all of them or, where one is bad, none.
@@ -101,8 +110,7 @@ class NewItemEncoder:
             self._known.refresh()
             known = self._known.current(ids)
             new = [content for content, old in zip(contents, known, strict=True) if content.replaces(*old)]
-            if new:
-                self._store(new)
+            on_machines = self._store(new) if new else None
         if new:
             self.check_release(now=True)  # promoted meanwhile: these embeddings will not be ranked with
         changed = {content.item_id for content in new}
@@ -113,11 +121,18 @@ class NewItemEncoder:
                     encoder_version=self.encoder_version,
                     content_hash=content.content_hash,
                     changed=content.item_id in changed,
-                    rankable=True,
+                    rankable=on_machines is not False or content.item_id not in changed,
                 )
                 for content in contents
             ]
         )
+
+    def take_newer_snapshot(self) -> None:
+        """Hold in memory no more than what came since the newest snapshot. A thread calls it."""
+        newer = self._known.opened_again()
+        if newer is not None:
+            with self._lock:
+                self._known = newer
 
     def _check(self, item: NewItem, place: int, now: datetime, left: TimeLimits) -> _Content:
         title = clean_title(item.title, self._limits.max_title_chars)
@@ -131,8 +146,8 @@ class NewItemEncoder:
         category = (item.category or "").partition("|")[0].strip() or None
         return _Content(item.item_id, title, pixels, category, content_hash(title, image), content_at)
 
-    def _store(self, contents: Sequence[_Content]) -> None:
-        """One segment: durable when this returns."""
+    def _store(self, contents: Sequence[_Content]) -> bool | None:
+        """One segment: durable when this returns; whether the parameter machines have it, None where there are none."""
         size = self._encoder.image_size
         images = np.zeros((len(contents), 3, size, size), np.uint8)
         has_image = np.array([content.pixels is not None for content in contents])
@@ -149,8 +164,9 @@ class NewItemEncoder:
             content_at=[content.content_at for content in contents],
             categories=[content.category for content in contents],
         )
-        store_new_items(self._window, rows, encoder_version=self.encoder_version, push=self._push)
+        stored = store_new_items(self._window, rows, encoder_version=self.encoder_version, push=self._push)
         self._known.add(rows)
+        return stored.on_machines
 
 
 def _microseconds(at: datetime) -> int:

@@ -18,15 +18,14 @@ class NewerItems:
     Args:
         category_of: ids -> categories, for items whose message named none.
 
-    Attributes:
-        hidden: (N,) bool, rows of the snapshot that were replaced or deleted; None while there are none.
+    Any number of threads may use it.
     """
 
     def __init__(
         self, overlay: Overlay, snapshot: Snapshot, category_of: Callable[[Sequence[str]], Sequence[str | None]]
     ) -> None:
         self._overlay, self._snapshot, self._category_of = overlay, snapshot, category_of
-        self.hidden: np.ndarray | None = None
+        self._hidden: np.ndarray | None = None
         self._vectors = np.zeros((0, snapshot.width), np.float32)  # grows by doubling
         self._live = np.zeros(0, bool)
         self._ids: list[str] = []
@@ -54,25 +53,31 @@ class NewerItems:
                 self._live[row] = not is_deleted and bool(self._vectors[row].any())
             replaced = self._snapshot.lookup(keys)
             if (replaced >= 0).any():
-                hidden = np.zeros(self._snapshot.num_rows, bool) if self.hidden is None else self.hidden.copy()
+                hidden = np.zeros(self._snapshot.num_rows, bool) if self._hidden is None else self._hidden.copy()
                 hidden[replaced[replaced >= 0]] = True
-                self.hidden = hidden
+                self._hidden = hidden
             self._categories += [own or known for own, known in zip(named, self._category_of(ids), strict=True)]
             self._ids += ids
 
-    def nearest(self, vector: np.ndarray, k: int, category: str | None = None) -> list[tuple[str, float, str | None]]:
-        """At most k (item id, cosine, category), highest cosine first, of those of a category where one is given."""
+    def nearest(
+        self, vector: np.ndarray, k: int, category: str | None = None
+    ) -> tuple[list[tuple[str, float, str | None]], np.ndarray | None]:
+        """
+        Returns:
+            at most k (item id, cosine, category), highest cosine first, of those of a category where one is given; and (N,) bool,
+            the rows of the snapshot that were replaced or deleted by then, None where there are none.
+        """
         with self._lock:
-            num = len(self._ids)
+            num, hidden = len(self._ids), self._hidden
             vectors, live, ids, categories = self._vectors[:num], self._live[:num].copy(), self._ids, self._categories
         if category is not None:
             live &= np.fromiter((name == category for name in categories[:num]), bool, num)
         rows = np.flatnonzero(live)
         if not len(rows):
-            return []
+            return [], hidden
         cosines = (vectors @ unit(np.asarray(vector, np.float32)[None])[0])[rows]
         best = np.argsort(-cosines, kind="stable")[:k]
-        return [(ids[rows[place]], float(cosines[place]), categories[rows[place]]) for place in best]
+        return [(ids[rows[place]], float(cosines[place]), categories[rows[place]]) for place in best], hidden
 
     def _make_room(self, num_rows: int) -> None:
         if num_rows > len(self._live):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from operator import itemgetter
@@ -16,6 +17,7 @@ from operator import itemgetter
 import numpy as np
 
 from mim_ray.ciubm.export import Ranker
+from mim_ray.ciubm.request import Request
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import ParameterMachines, Serving
 from mim_ray.errors import ReleaseGoneError
@@ -33,7 +35,11 @@ from mim_ray.serving.rollout import Rollout, open_first
 from mim_ray.serving.served import Served
 
 RANK = "/v1/rank"
-MAX_ONGOING_REQUESTS = 8  # in one replica; more wait in the queue
+MAX_ONGOING_REQUESTS = 6  # in one replica; more wait in the queue. At half of the capacity more than 6 are rare
+THREADS = (
+    2  # that rank what is not short: one computes while the other waits; with 8 each operation waits for Python's lock
+)
+SHORT_PAIRS = 50_000  # candidates x behaviors: about 4 ms, which the event loop can wait
 
 
 class RankingService:
@@ -63,6 +69,7 @@ class RankingService:
         self.default_features: Counter[str] = Counter()
         self.degraded_answers: Counter[str] = Counter()
         self._counting = threading.Lock()
+        self._turn = threading.Lock()  # to compute, for requests that wait side by side in between
         self.metrics = Metrics("ranking", self._versions, MAX_ONGOING_REQUESTS) if metrics is None else metrics
         if metrics is None:
             self.metrics.watch_embeddings(lambda: self.embeddings)
@@ -118,6 +125,16 @@ class RankingService:
         rows = self.rollout.current.rows
         return rows.store if isinstance(rows, LocalRows) else None
 
+    @property
+    def waits(self) -> bool:
+        """Whether `rank` asks other processes: while one of them is away, requests should wait side by side."""
+        return self.rollout.current.rows.waits
+
+    def is_short(self, request: RankRequest) -> bool:
+        """Whether `rank` computes for a few milliseconds and waits for nobody, so that handing it to a thread costs more."""
+        loaded = self.rollout.current
+        return not loaded.rows.waits and len(request.candidates) * loaded.model.max_behaviors <= SHORT_PAIRS
+
     def rank(self, request: RankRequest, query: QueryVector | None = None) -> RankResponse:
         """
         Args:
@@ -139,7 +156,32 @@ class RankingService:
             return self._rank(request, newer, query)
 
     def _rank(self, request: RankRequest, loaded: Loaded, query: QueryVector | None) -> RankResponse:
-        model = loaded.model
+        turn = self._turn if loaded.rows.waits else nullcontext()
+        with turn:
+            asked, num_future, absent = self._asked(request, loaded.model, query)
+        began = time.perf_counter()
+        found = loaded.rows.get(asked)
+        self.metrics.stage(RANK, "lookup", time.perf_counter() - began)
+        with turn:
+            began = time.perf_counter()
+            prob = loaded.model.predict(found.batch, found.tables)  # (C,)
+            self.metrics.stage(RANK, "network", time.perf_counter() - began)
+            if not np.isfinite(prob).all():
+                raise FloatingPointError("the CTR model gave a probability that is no number")
+            self._count(found, absent)
+            return answer(
+                loaded,
+                asked,
+                found,
+                prob,
+                top_k=request.top_k,
+                explain=request.explain,
+                num_future_behaviors=num_future,
+                default_features=absent,
+            )
+
+    def _asked(self, request: RankRequest, model: Ranker, query: QueryVector | None) -> tuple[Request, int, list[str]]:
+        """The request as rows of the model's tables, how many behaviors are later than it, and the features that it lacks."""
         place = {item: number for number, item in reversed(list(enumerate(request.candidates)))}
         candidates = list(dict.fromkeys(request.candidates))
         context, absent = context_table(
@@ -160,25 +202,7 @@ class RankingService:
             context=context,
             query_mm=None if query is None else query.for_model(model),
         )
-        began = time.perf_counter()
-        found = loaded.rows.get(asked)
-        looked = time.perf_counter()
-        prob = model.predict(found.batch, found.tables)  # (C,)
-        self.metrics.stage(RANK, "lookup", looked - began)
-        self.metrics.stage(RANK, "network", time.perf_counter() - looked)
-        if not np.isfinite(prob).all():
-            raise FloatingPointError("the CTR model gave a probability that is no number")
-        self._count(found, absent)
-        return answer(
-            loaded,
-            asked,
-            found,
-            prob,
-            top_k=request.top_k,
-            explain=request.explain,
-            num_future_behaviors=num_future,
-            default_features=absent,
-        )
+        return asked, num_future, absent
 
     def _count(self, found: RequestRows, absent: Sequence[str]) -> None:
         with self._counting:
@@ -191,7 +215,7 @@ class RankingService:
             default_features=absent,
             degraded=found.degraded,
         )
-        if found.batch.mm is not None:
+        if found.batch.mm is not None and self.metrics.wants_embeddings():
             candidates = found.batch.mm.numpy()[-len(found.unknown) :]  # (C, D)
             self.metrics.embeddings(candidates if found.has_content.all() else candidates[found.has_content])
 

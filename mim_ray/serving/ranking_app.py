@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Response
-from fastapi.concurrency import run_in_threadpool
 from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
@@ -18,14 +19,15 @@ from mim_ray.config import Scenario
 from mim_ray.config.scenario import ParameterMachines, Serving
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.runtime.memory import keep_freed_memory
 from mim_ray.serving.events import add_event_routes
-from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded
+from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded, max_queued_rankings
 from mim_ray.serving.live_behaviors import LiveBehaviors
 from mim_ray.serving.messages import Health, Problem, RankRequest, RankResponse, Ready
 from mim_ray.serving.metrics import counted
 from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
 from mim_ray.serving.query import QueryVector, check_takes_queries, encoded, has_query
-from mim_ray.serving.ranker import MAX_ONGOING_REQUESTS, RANK, RankingService
+from mim_ray.serving.ranker import MAX_ONGOING_REQUESTS, RANK, THREADS, RankingService
 from mim_ray.serving.served import Served
 from mim_ray.serving.similar import SimilarItems
 from mim_ray.serving.similar_routes import Embed, add_similar_routes, encoder_app
@@ -49,17 +51,20 @@ def ranking_api(
     problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 413, 422, 503)}
 
     embed = encoder_app() if embed is None else embed
+    turn, waiting = CapacityLimiter(THREADS), CapacityLimiter(MAX_ONGOING_REQUESTS)
 
     @app.post(RANK, response_model=RankResponse, responses=problems)
     async def rank(request: RankRequest) -> Response:
         """Rank candidates for a user. Unknown users and items are scored too, by what is known."""
         service.metrics.parsed(RANK)
+        ranks = service if traffic is None else traffic.service_of(traffic.arm_of(request.user_id), service)
         query = None
         if has_query(request):
-            ranks = service if traffic is None else traffic.service_of(traffic.arm_of(request.user_id), service)
             check_takes_queries(ranks.model)  # before the encoder is asked
             query = await encoded(request, embed)
-        return await run_in_threadpool(ranked, request, query)
+        if ranks.is_short(request):
+            return ranked(request, query)
+        return await to_thread.run_sync(ranked, request, query, limiter=waiting if ranks.waits else turn)
 
     def ranked(request: RankRequest, query: QueryVector | None) -> Response:
         told = service.rank(request, query) if traffic is None else traffic.rank(request, service, query)
@@ -76,20 +81,25 @@ def ranking_api(
     @app.get("/readyz", responses={503: {"model": Problem}})
     def readyz() -> Ready:
         """Model and tables are loaded, and which."""
+        services = [service] if traffic is None else [service, *traffic.services]
         return Ready(
             status="ready",
             model_version=service.model_version,
             encoder_version=service.model.encoder_version,
             num_items=len(service.model.items.vocabulary),
-            default_features=dict(service.default_features),
-            degraded=dict(service.degraded_answers),
+            default_features=_summed([one.default_features for one in services]),
+            degraded=_summed([one.degraded_answers for one in services]),
             release=service.rollout.current.served.release,
-            refused=service.rollout.refused,
+            refused=service.rollout.told,
         )
 
     add_similar_routes(app, similar, embed)
     add_metrics_routes(app, service.metrics)
     return counted(guarded(app, serving), app, service.metrics)
+
+
+def _summed(counts: Sequence[Counter[str]]) -> Counter[str]:
+    return sum((Counter(dict(one)) for one in counts), Counter[str]())  # copies: requests go on counting
 
 
 class RankingReplica:
@@ -104,6 +114,7 @@ class RankingReplica:
         arms: Mapping[str, Served] | None = None,
     ) -> None:
         torch.set_num_threads(max(1, int(serving.cpus_per_replica)))
+        keep_freed_memory()  # a long request is ranked in a third of the time
         self._service = service = RankingService.open(served, serving, machines, follow)
         self._serving = serving
         other = partial(
@@ -128,6 +139,15 @@ class RankingReplica:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return ranking_api(self._service, self._serving, self._traffic, self._similar)
 
+    def __del__(self) -> None:
+        """Serve calls it at the orderly end of a replica, after the last request; then it kills the process, so that nothing
+        that waits for the interpreter's end would happen."""
+        if "_reporter" not in vars(self):  # it was never ready
+            return
+        if self._traffic.exposures is not None:
+            self._traffic.exposures.close()
+        self._reporter.stop()
+
 
 def bind_ranking(scenario: Scenario, served: Served | None = None) -> Application:
     """The Serve application of what is current, now and after later promotions; refuses early what a replica would refuse late.
@@ -148,7 +168,7 @@ def bind_ranking(scenario: Scenario, served: Served | None = None) -> Applicatio
         name="Ranking",
         num_replicas=serving.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        max_queued_requests=serving.max_queued_requests,
+        max_queued_requests=max_queued_rankings(serving),
         backpressure_config=FULL_QUEUE,
         ray_actor_options={"num_cpus": serving.cpus_per_replica},
     )(serve.ingress()(RankingReplica))

@@ -12,9 +12,17 @@ import time
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
+from mim_ray.errors import ArtifactError, ConfigError, StorageError, UnavailableError, VersionMismatchError
 from mim_ray.serving.served import Served
 
 logger = logging.getLogger("ray.serve")
+_KINDS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
+    (VersionMismatchError, "its parts are of different encoder versions"),
+    (ConfigError, "the app's settings do not fit it"),
+    (UnavailableError, "a parameter machine is away"),
+    ((StorageError, OSError), "storage does not answer"),
+    (ArtifactError, "something of it is missing or damaged"),
+)
 RETRY_S = 10.0  # a refused release may have been damaged only for a moment
 
 
@@ -39,8 +47,8 @@ class Rollout(Generic[OpenRelease]):
 
     Attributes:
         current: take it once for a request.
-        refused: why the wanted release is not served; None while it is.
-        num_switches: since this process started.
+        refused: why the wanted release is not served; None while it is. It may name paths and addresses: for the log.
+        told: the same without them, for whoever asks.
     """
 
     def __init__(
@@ -53,7 +61,7 @@ class Rollout(Generic[OpenRelease]):
     ) -> None:
         self.current = first
         self.refused: str | None = None
-        self.num_switches = 0
+        self.told: str | None = None
         self._read, self._open, self._retry_s = read, open, retry_s
         self._failed: Served | None = None
         self._retry_at = 0.0
@@ -87,7 +95,7 @@ class Rollout(Generic[OpenRelease]):
             self._refuse("The release", error)
             return
         if wanted == self.current.served:
-            self.refused = self._failed = None
+            self.refused = self.told = self._failed = None
             return
         if wanted == self._failed and time.monotonic() < self._retry_at:
             return
@@ -100,8 +108,7 @@ class Rollout(Generic[OpenRelease]):
             self._refuse(name, error)
             return
         before, self.current = self.current, opened
-        self.refused = self._failed = None
-        self.num_switches += 1
+        self.refused = self.told = self._failed = None
         before.close()
         logger.warning("%s serves now, instead of %s.", name, _name(before.served))
 
@@ -110,6 +117,7 @@ class Rollout(Generic[OpenRelease]):
         if reason != self.refused:
             logger.error("%s %s goes on.", reason, _name(self.current.served))
         self.refused = reason
+        self.told = f"{name} cannot be served: {_kind(error)}. The replica's log has the reason."
 
     def _follow(self, every_s: float) -> None:
         while not self._stop.wait(every_s):
@@ -127,6 +135,14 @@ def open_first(read: Callable[[], Served], otherwise: Served, open: Callable[[Se
     except Exception as error:  # noqa: BLE001  (a replica that dies must come back)
         logger.error("What is current cannot be served: %s", error or type(error).__name__)
     return open(otherwise)
+
+
+def _kind(error: Exception) -> str:
+    """What sort of problem it is, in words that tell strangers nothing."""
+    for kinds, words in _KINDS:
+        if isinstance(error, kinds):
+            return words
+    return "opening it failed"
 
 
 def _name(served: Served) -> str:

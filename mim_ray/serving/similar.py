@@ -5,8 +5,9 @@
     similar.of_item("i3", top_k=10).items            # [Neighbor(item_id, similarity, category), …]
     similar.of_vector(vector, 10, encoder_version, category="mugs")
 
-Items that were replaced or deleted since the snapshot are left out of the index's answers. When another release serves, its
-index is built while the one before still answers.
+Items that were replaced or deleted since the snapshot are left out of the index's answers. When another release serves, or a newer
+snapshot of this one, its index is built while the one before still answers, and still takes in new items. Since an index takes
+minutes to build for millions of items, a newer snapshot is waited with until what came since the old one is a share of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ import pyarrow as pa
 from mim_ray.ciubm.vocabulary import ItemIndex
 from mim_ray.data.ids import Ids
 from mim_ray.errors import ConfigError, RequestError, UnavailableError
+from mim_ray.representation_center.lookup import STORAGE_PROBLEMS, EmbeddingLookup
 from mim_ray.representation_center.parameter_store import ParameterStore
 from mim_ray.serving.loaded import Loaded, LocalRows
 from mim_ray.serving.nearest_rows import NearestRows
@@ -32,6 +34,7 @@ logger = logging.getLogger("ray.serve")
 FOLLOW_EVERY_S = 1.0  # how often new items are looked for, where the ranker itself leaves that to parameter machines
 LOOK_AGAIN_S = 0.1  # for an item that is not known; so often at most
 _LOOK_EVERY_S = 1.0  # whether another release serves
+FEW_NEWER, NEWER_SHARE = 1_000, 0.02  # rows since the indexed snapshot that are worth another index
 _NICENESS = 10  # of the thread that builds: requests come first
 
 
@@ -88,13 +91,14 @@ class SimilarItems:
             self._searched.close()
 
     def refresh(self) -> None:
-        """Build, or map, the index of what is served, if that is another release than before.
+        """Build, or map, the index of what is served, if that is another release than before, or a newer snapshot with enough
+        rows more.
 
         Raises:
             ConfigError: FAISS is not installed. ArtifactError: the snapshot is missing or damaged.
         """
         loaded, before = self._current(), self._searched
-        if before is None or before.loaded is not loaded:
+        if before is None or before.loaded is not loaded or before.is_old:
             self._searched = _Searched.open(loaded, self._exact_rows, self._recall)
             if before is not None:
                 before.close()
@@ -109,7 +113,7 @@ class SimilarItems:
         searched = self._now()
         vector = searched.vector(item_id)
         near = searched.near(vector, top_k + 1, category)
-        return Found([one for one in near if one.item_id != item_id][:top_k], searched.store.encoder_version)
+        return Found([one for one in near if one.item_id != item_id][:top_k], searched.lookup.encoder_version)
 
     def of_vector(self, vector: np.ndarray, top_k: int, encoder_version: str, *, category: str | None = None) -> Found:
         """The items nearest to a (D,) vector that this encoder version made.
@@ -118,7 +122,7 @@ class SimilarItems:
             UnavailableError: the index is being built, or is another version's. ConfigError: FAISS is not installed.
         """
         searched = self._now()
-        version = searched.store.encoder_version
+        version = searched.lookup.encoder_version
         if version != encoder_version:
             raise UnavailableError(
                 f"The encoder is {encoder_version} and the items were embedded by {version}: a release is being rolled out. "
@@ -155,15 +159,19 @@ class _Searched:
 
     Attributes:
         store: its embeddings; the ranker's own, or one opened for this where the ranker has none (`owned`).
-        category: (N,) the catalogue's row of each item's category, 0 without one.
+        lookup: what the index belongs to; the store may read a newer snapshot by now.
+        names: categories. category: (N,) place of each item's in `names`, counted from 1; 0 without one.
     """
 
     loaded: Loaded
     store: ParameterStore
     owned: bool
+    lookup: EmbeddingLookup
     nearest: NearestRows
     newer: NewerItems
+    names: list[str]
     category: np.ndarray
+    looking: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def open(cls, loaded: Loaded, exact_rows: int, recall: float) -> _Searched:
@@ -172,12 +180,18 @@ class _Searched:
             store = loaded.rows.store
         else:
             store = ParameterStore(served.snapshot, table=f"{served.center}/table", window=f"{served.center}/window")
-        snapshot, items = store.lookup.snapshot, loaded.model.items
-        nearest = NearestRows.open(snapshot, exact_rows=exact_rows, recall=recall)
-        newer = NewerItems(store.lookup.overlay, snapshot, lambda ids: _names(items, _category_rows(items, ids)))
+        lookup, items = store.lookup, loaded.model.items
+        nearest = NearestRows.open(lookup.snapshot, exact_rows=exact_rows, recall=recall)
+        newer = NewerItems(lookup.overlay, lookup.snapshot, lambda ids: _names(items, ids))
         if owned:
             store.start(every_s=FOLLOW_EVERY_S)
-        return cls(loaded, store, owned, nearest, newer, _category_rows(items, snapshot.ids))
+        return cls(loaded, store, owned, lookup, nearest, newer, *_categories(items, lookup))
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the store reads a newer snapshot, and it is worth an index."""
+        enough = max(FEW_NEWER, NEWER_SHARE * self.lookup.snapshot.num_rows)
+        return self.store.lookup is not self.lookup and self.lookup.overlay.num_rows >= enough
 
     def close(self) -> None:
         if self.owned:
@@ -185,11 +199,10 @@ class _Searched:
 
     def vector(self, item_id: str) -> np.ndarray:
         """(D,). Raises: RequestError as `SimilarItems.of_item`."""
-        lookup = self.store.lookup
-        found = lookup.get([item_id])
-        if not found.found[0] and lookup.behind_s > LOOK_AGAIN_S:  # posted a moment ago?
-            lookup.refresh(now=True)  # it may be folded into the table already
-            found = lookup.get([item_id])
+        found = self.lookup.get([item_id])
+        if not found.found[0] and self.lookup.behind_s > LOOK_AGAIN_S:  # posted a moment ago?
+            self._look(now=True)  # it may be folded into the table already
+            found = self.lookup.get([item_id])
         if found.matrix[0].any():
             return np.asarray(found.matrix[0])
         if found.found[0] or self.loaded.model.items.vocabulary.encode([item_id])[0]:
@@ -201,24 +214,49 @@ class _Searched:
         raise RequestError("There is no item with this id. Check it, or post the item to /v1/items.", 404)
 
     def near(self, vector: np.ndarray, top_k: int, category: str | None) -> list[Neighbor]:
+        if not self.store.follows(self.lookup) and self.lookup.behind_s > LOOK_AGAIN_S:
+            self._look()  # the index of what took its place is being built
         self.newer.refresh()
-        items, hidden = self.loaded.model.items, self.newer.hidden
+        newest, hidden = self.newer.nearest(
+            vector, top_k, category
+        )  # of one moment: no item in two ways, and none in neither
         allowed = None if hidden is None else ~hidden  # (N,)
         if category is not None:
-            names = list(items.categories)
-            row = names.index(category) + 1 if category in names else -1
+            row = self.names.index(category) + 1 if category in self.names else -1
             allowed = (self.category == row) & (True if allowed is None else allowed)
         rows, cosines = self.nearest.search(vector, top_k, allowed=allowed)
         ids = self.nearest.snapshot.ids.take(pa.array(rows)).to_pylist()
-        found = list(zip(ids, cosines.tolist(), _names(items, self.category[rows]), strict=True))
-        found += self.newer.nearest(vector, top_k, category)
+        names = [self.names[row - 1] if row else None for row in self.category[rows].tolist()]
+        found = list(zip(ids, cosines.tolist(), names, strict=True))
+        found += newest
         found.sort(key=lambda one: -one[1])
         return [Neighbor(*one) for one in found[:top_k]]
 
+    def _look(self, *, now: bool = False) -> None:
+        """Take in what came since, once for all who wait for that. Where storage is away, what is known is searched."""
+        with self.looking:
+            if self.lookup.behind_s <= LOOK_AGAIN_S:
+                return
+            try:
+                self.lookup.refresh(now=now)
+            except STORAGE_PROBLEMS as error:
+                logger.warning("similar items are those of %.0f s ago: %s", self.lookup.behind_s, error)
 
-def _category_rows(items: ItemIndex, ids: Ids) -> np.ndarray:
-    return items.category[items.vocabulary.encode(ids)]
+
+def _categories(items: ItemIndex, lookup: EmbeddingLookup) -> tuple[list[str], np.ndarray]:
+    """Names, and the place of each row's: the catalogue's, or what a message named before the snapshot was made."""
+    names = list(items.categories)
+    category = items.category[items.vocabulary.encode(lookup.snapshot.ids)]
+    if lookup.named:
+        place = {name: number for number, name in enumerate(names, start=1)}
+        rows = lookup.snapshot.lookup(list(lookup.named))
+        for row, name in zip(rows.tolist(), lookup.named.values(), strict=True):
+            if row >= 0:
+                category[row] = place.setdefault(name, len(place) + 1)
+        names = list(place)
+    return names, category
 
 
-def _names(items: ItemIndex, rows: np.ndarray) -> Sequence[str | None]:
+def _names(items: ItemIndex, ids: Ids) -> Sequence[str | None]:
+    rows = items.category[items.vocabulary.encode(ids)]
     return [items.categories[row - 1] if row else None for row in rows.tolist()]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from mim_ray.ciubm.export import Ranker
@@ -24,8 +25,18 @@ logger = logging.getLogger("ray.serve")
 
 
 class Ranks(Protocol):
+    """A RankingService."""
+
+    default_features: Counter[str]
+    degraded_answers: Counter[str]
+
     @property
     def model(self) -> Ranker: ...
+
+    @property
+    def waits(self) -> bool: ...
+
+    def is_short(self, request: RankRequest) -> bool: ...
 
     def rank(self, request: RankRequest, query: QueryVector | None = None) -> RankResponse: ...
 
@@ -60,6 +71,11 @@ class Traffic:
             },
             Exposures.open(served.center, serving) if log else None,
         )
+
+    @property
+    def services(self) -> Collection[Ranks]:
+        """Of the arms that have one of their own."""
+        return self._services.values()
 
     def arm_of(self, user_id: str) -> str | None:
         return arm_of(user_id, self._experiment, self._weights)

@@ -34,10 +34,12 @@ class WindowFolding:
         self._thread.join()
 
     def _run(self) -> None:
-        table = EmbeddingTable(f"{self._center}/table")
+        table, told = EmbeddingTable(f"{self._center}/table"), ""
         while not self._stop.wait(self._window_s * random.uniform(0.8, 1.2)):  # replicas drift apart
             try:
                 fold(f"{self._center}/window", table)
-                self._folded_at = time.monotonic()
-            except Exception:  # storage may fail for a while: nothing is lost, the next round folds it
-                logger.exception("the window could not be folded; it is tried again in %.0f s", self._window_s)
+                self._folded_at, told = time.monotonic(), ""
+            except Exception as error:  # storage may fail for a while: nothing is lost, the next round folds it
+                if str(error) != told:  # a damaged segment stays until somebody moves it away
+                    logger.exception("the window could not be folded; it is tried every %.0f s", self._window_s)
+                told = str(error)

@@ -452,3 +452,26 @@ def test_queries_that_are_not_there_are_a_sentence(small_shop: Any, tmp_path: Pa
     scenario = load_scenario("tiny", ["ciubm.query_vector=true"])
     with pytest.raises(DataError, match=r"Add query_text or query_image to the impressions"):
         train.run(scenario, variant="sim-base", samples=small_shop.samples, snapshot=None, output=str(tmp_path))
+
+
+def test_a_later_training_gives_new_values_rows_behind_the_known_ones_and_keeps_the_normalisation(
+    tmp_path: Any,
+) -> None:
+    declared = [
+        Feature(name="shop", kind="categorical"),
+        Feature(name="price", kind="dense"),
+        Feature(name="bucket", kind="categorical"),
+    ]
+    transforms = {"bucket": FeatureTransform(num_buckets=7)}
+    learnt = []
+    for day, shops, prices in (("1", ["b", "a", "b"], [1.0, 2.0, 3.0]), ("2", ["c", "a", "0"], [10.0, 20.0, 60.0])):
+        rows = _rows([["a"]] * 3, None).append_column("shop", pa.array(shops)).append_column("price", pa.array(prices))
+        (tmp_path / day).mkdir()
+        pq.write_table(rows.append_column("bucket", pa.array(shops)), tmp_path / day / "part-0.parquet")
+        learnt.append(learn_features(str(tmp_path / day), declared, transforms))
+    grown = learnt[0].grow(learnt[1])
+    assert grown.num_table_rows == {"feature.shop": 5, "feature.bucket": 8}
+    (shop, bucket), both = grown.categories, pa.array(["a", "b", "0", "c", "d"])
+    assert shop._rows(both).tolist() == [1, 2, 3, 4, 0]
+    assert bucket == learnt[0].categories[1]
+    assert grown.numbers == learnt[0].numbers

@@ -12,9 +12,11 @@ from typing import Any, Literal
 import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
+from ray.serve._private import constants
 from ray.serve.schema import ServeDeploySchema
 
 from mim_ray.config import load_scenario
+from mim_ray.runtime.cluster import PROXY_HEALTH
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -305,3 +307,10 @@ def test_the_image_is_pinned_and_not_run_by_root():
     uv = re.search(r"UV_VERSION := (\S+)", (ROOT / "Makefile").read_text())
     assert uv is not None
     assert any(f"uv=={uv[1]}" in line for line in lines)
+
+
+def test_a_dead_proxy_is_missed_as_soon_in_the_image_and_by_the_documented_command_as_in_the_embedded_ray():
+    for text in ((INFRA / "Containerfile").read_text(), (ROOT / "docs" / "cluster.md").read_text()):
+        for name, value in PROXY_HEALTH.items():
+            assert re.search(rf"\b{name}={value}\s", text), name
+            assert hasattr(constants, name.removeprefix("RAY_SERVE_")), "Ray Serve knows it no more"

@@ -32,13 +32,14 @@ def test_the_push_comes_after_the_item_is_safe_and_cannot_undo_it(tmp_path: Path
     window = f"{tmp_path}/window"
     seen: list[tuple[str, str, list[str]]] = []
 
-    def push(encoder_version: str, segment_id: str, pushed: pa.Table) -> None:
+    def push(encoder_version: str, segment_id: str, pushed: pa.Table) -> bool:
         stored = [name for name, _ in WindowTail(window, "v1").poll()]
         assert segment_id in stored, "stored before it is sent"
         seen.append((encoder_version, segment_id, pushed["item_id"].to_pylist()))
         raise ConnectionError("the machine is away")
 
-    name = store_new_items(window, rows("a"), encoder_version="v1", push=push)
+    name, on_machines = store_new_items(window, rows("a"), encoder_version="v1", push=push)
+    assert on_machines is False
     assert seen == [("v1", name, ["a"])]
     assert [segment for segment, _ in WindowTail(window, "v1").poll()] == [name]
 

@@ -171,7 +171,9 @@ def test_a_stored_item_is_seen_in_every_way_pushed_or_not(fleet: ParameterMachin
     for name, pushed in (("pushed-1", True), ("found-1", False)):
         segment, rows = center.post([name, "spare"], 0.5 if pushed else 0.75, 1 if pushed else 2)
         if pushed:
-            fleet.client().push("v1", segment, rows)  # type: ignore[arg-type]
+            client = fleet.client()
+            wait_until(lambda: client.push("v1", segment, rows), "not all machines confirm it")  # noqa: B023
+            assert not client.push("other", segment, rows), "their release is of another encoder version"
         content = 0.5 if pushed else 0.75
         for client in clients(fleet):  # another replica may be asked each time, so all of an answer is waited for
 

@@ -237,7 +237,7 @@ def test_the_parameter_store_sees_new_items_by_itself_and_switches_snapshots(cen
     store.stop()
     assert found.tolist() == [True, True, False]
     assert matrix[:, 0].tolist() == [1, 8, 0]
-    assert category.to_pylist() == [None] * 3
+    assert category.to_pylist() == [None, "bags", None]
     assert store.num_overlay_rows == 0
     with pytest.raises(VersionMismatchError, match=r"v2.*v1"):
         ParameterStore(snapshot, encoder_version="v2")

@@ -74,3 +74,19 @@ def test_a_missing_folder_or_column_is_a_sentence(tmp_path):
     pq.write_table(pa.table({"user": ["u"]}), tmp_path / "b.parquet")
     with pytest.raises(ArtifactError, match=r"b\.parquet is no table of user_id and behaviors"):
         BehaviorStore.open(str(tmp_path / "b.parquet"))
+
+
+def test_the_cache_keeps_two_builds_of_a_store_and_those_of_other_stores(folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    pq.write_table(pa.table({"user_id": ["u"], "behaviors": [["a"]]}), other / "part-0.parquet")
+    BehaviorStore.open(str(other))
+    opened = []
+    for number in range(4):
+        pq.write_table(
+            pa.table({"user_id": [f"n{number}"], "behaviors": [["a"]]}), folder / f"part-{number + 2}.parquet"
+        )
+        opened.append(BehaviorStore.open(str(folder)))
+    assert len(list((tmp_path / "cache").glob("behaviors-*.arrow"))) == 3
+    assert opened[0].history("n0") == (["a"], None), "who has it open reads on"
+    assert BehaviorStore.open(str(folder)).history("n3") == (["a"], None)

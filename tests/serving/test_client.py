@@ -20,7 +20,7 @@ from mim_ray.serving.client import Client
 class Server:
     """Does what `plan` says, one entry for each request; then it answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.plan: list[object] = []
         self.seen: list[dict] = []
         self.num_connections = 0
@@ -55,7 +55,7 @@ class Server:
 
             do_GET = do_POST = handle_one
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         self._server.handle_error = lambda *_: None
         self.port = self._server.server_address[1]
@@ -63,7 +63,10 @@ class Server:
         self._thread.start()
 
     def stop(self) -> None:
+        if not self._thread.is_alive():
+            return
         self._server.shutdown()
+        self._thread.join()
         self._server.server_close()
 
 
@@ -117,7 +120,17 @@ def garbage(handler) -> None:
 
 
 BUSY = {"status": 503, "body": b'{"error": "The queue is full."}', "headers": {"Retry-After": "0"}}
-ONCE = [reset, hang_up, cut_off, cut_off_chunk, garbage, BUSY, {"status": 500, "body": b"Internal"}, {"status": 502}]
+ONCE = [
+    reset,
+    hang_up,
+    cut_off,
+    cut_off_chunk,
+    garbage,
+    BUSY,
+    {"status": 500, "body": b"Internal"},
+    {"status": 502},
+    {"status": 408},
+]
 
 
 @pytest.mark.parametrize("failure", ONCE)
@@ -211,12 +224,73 @@ def test_a_server_that_hangs_is_given_up_at_the_deadline_however_slowly_it_talks
     released.set()
 
 
-def test_nobody_listens_and_then_somebody_does():
+def closed_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def test_where_nobody_listens_the_deadline_is_waited_for():
     with pytest.raises(UnavailableError, match="ConnectionRefusedError"):
-        Client(f"http://127.0.0.1:{port}", deadline_s=2).rank("u", ["i"])
+        Client(f"http://127.0.0.1:{closed_port()}", deadline_s=0.3).rank("u", ["i"])
+
+
+def test_nobody_listens_and_then_somebody_does(monkeypatch):
+    port, answers, refused = closed_port(), [], threading.Semaphore(0)
+    monkeypatch.setattr("mim_ray.serving.client._backoff_s", lambda offers: refused.release() or 0.01)
+    client = Client(f"http://127.0.0.1:{port}", deadline_s=60)
+    asked = threading.Thread(target=lambda: answers.append(client.rank("u", ["i"])))
+    asked.start()
+    for _ in range(4):
+        assert refused.acquire(timeout=30), "it gave up"
+    server = Server(port)
+    try:
+        asked.join(60)
+    finally:
+        server.stop()
+    assert answers == [{"fine": True}]
+
+
+def test_a_server_that_dies_in_work_and_comes_back_costs_no_answer_and_still_leaves_the_retry(server):
+    client = Client(f"http://127.0.0.1:{server.port}", deadline_s=60)
+    client.rank("u", ["i"])
+    gone = threading.Event()
+    again = []
+
+    def die(handler) -> None:
+        server._server.socket.close()  # later connections are refused
+        reset(handler)
+        gone.set()
+
+    def come_back() -> None:
+        gone.wait(30)
+        server.stop()
+        again.append(Server(server.port))
+
+    server.plan = [die]
+    back = threading.Thread(target=come_back)
+    back.start()
+    assert client.events([{"user_id": "u", "item_id": "i", "event": "click"}], idempotency_key="k") == {"fine": True}
+    back.join()
+    (new,) = again
+    new.stop()
+    assert [seen["headers"]["Idempotency-Key"] for seen in (server.seen[-1], *new.seen)] == ["k", "k"]
+
+
+NO_ROUTES = {
+    "status": 404,
+    "body": b"Path '/v1/rank' not found. Ping http://.../-/routes for available routes.",
+    "headers": {"Content-Type": "text/plain"},
+}
+
+
+def test_a_proxy_that_has_just_started_and_knows_no_app_is_asked_until_it_does(server, client):
+    server.plan = [NO_ROUTES] * 4 + [BUSY]
+    assert client.rank("u", ["i"]) == {"fine": True}
+    assert len(server.seen) == 6
+    server.plan = [NO_ROUTES] * 1_000
+    with pytest.raises(UnavailableError, match=r"404: Path '/v1/rank' not found"):
+        Client(f"http://127.0.0.1:{server.port}", deadline_s=0.5).rank("u", ["i"])
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 429])

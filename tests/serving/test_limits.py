@@ -7,7 +7,7 @@ from starlette.testclient import TestClient
 from mim_ray.config.scenario import Serving
 from mim_ray.errors import ArtifactError, RequestError
 from mim_ray.serving.guard import is_loopback
-from mim_ray.serving.limits import guarded
+from mim_ray.serving.limits import guarded, max_queued_rankings
 from mim_ray.serving.messages import NewItemsRequest, RankRequest
 
 
@@ -144,3 +144,10 @@ def test_unknown_paths_and_methods_are_answered_in_the_same_form(client):
 def test_loopback_is_recognised():
     assert all(is_loopback(host) for host in ("127.0.0.1", "localhost", "::1", "127.8.0.1"))
     assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", ""))
+
+
+def test_few_rankings_wait_on_the_fast_path_so_that_an_overload_does_not_make_the_accepted_slow(monkeypatch):
+    assert max_queued_rankings(Serving()) == 200
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    assert max_queued_rankings(Serving()) == 4
+    assert max_queued_rankings(Serving(max_queued_requests=7)) == 7

@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import weakref
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from mim_ray import artifacts
 from mim_ray.config.scenario import Samples, Serving
 from mim_ray.data.schema import TIME
+from mim_ray.errors import ArtifactError
 from mim_ray.serving import live_behaviors
 from mim_ray.serving.behavior_store import BehaviorStore
 from mim_ray.serving.events import SCHEMA, event_log, read_events
@@ -225,7 +227,7 @@ def test_an_opened_one_follows_the_log_until_it_is_stopped(make, samples, tmp_pa
         assert time.monotonic() < deadline, "it does not follow"
         time.sleep(0.01)
     threads = set(threading.enumerate()) - before
-    assert {thread.name for thread in threads} == {"follow-events", "fold-events"}
+    assert {thread.name for thread in threads} == {"follow-events", "fold-events", "reopen-behaviors"}
     opened.stop()
     for thread in threads:
         thread.join(60)
@@ -288,3 +290,48 @@ def test_reading_beside_writing_never_misses_what_was_stored(make):
     reader.join()
     assert missing == []
     assert len(live.history("new")[0]) == 200
+
+
+def build_samples(samples, user: str, *items: str, created_at: str, max_behaviors: int = 50) -> None:
+    """As the samples stage does: the manifest goes first and comes last."""
+    (samples / artifacts.MANIFEST).unlink(missing_ok=True)
+    pq.write_table(pa.table({"user_id": [user], "behaviors": [list(items)]}), samples / "behaviors" / "part-0.parquet")
+    settings = {"samples": Samples(max_behaviors=max_behaviors).model_dump(mode="json")}
+    artifacts.write_manifest(
+        str(samples), artifacts.Manifest("samples", "f", created_at, 1.0, {}, {}, (), {}, settings)
+    )
+
+
+def test_a_newer_build_of_the_samples_is_taken_over_when_it_is_whole(samples, tmp_path):
+    build_samples(samples, "u", "a", "b", created_at="1")
+    live = LiveBehaviors.open(str(samples / "behaviors"), f"{tmp_path}/center", Serving())
+    live.stop()
+    live.store(table(event("u", "x", 5)))
+    pq.write_table(pa.table({"user_id": ["u"], "behaviors": [["half"]]}), samples / "behaviors" / "part-0.parquet")
+    (samples / artifacts.MANIFEST).unlink()
+    for _ in range(3):
+        live.reopen()
+    assert live.history("u") == (["a", "b", "x"], None), "it is being made"
+    build_samples(samples, "u", "c", "d", created_at="2", max_behaviors=3)
+    for _ in range(2):
+        live.reopen()
+    assert live.history("u") == (["c", "d", "x"], None), "with what was posted since"
+    assert live._max_behaviors == 3
+    pq.write_table(pa.table({"other": ["u"]}), samples / "behaviors" / "part-0.parquet")
+    manifest = artifacts.read_manifest(str(samples))
+    artifacts.write_manifest(str(samples), replace(manifest, created_at="3"))
+    live.reopen()
+    with pytest.raises(ArtifactError, match="no table of user_id and behaviors"):
+        live.reopen()
+    assert live.history("u") == (["c", "d", "x"], None), "one that cannot be read leaves the one before"
+
+
+def test_a_store_without_a_manifest_is_taken_over_when_its_files_have_changed(samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(live_behaviors, "REOPEN_EVERY_S", 0.02)
+    live = LiveBehaviors.open(str(samples / "behaviors"), f"{tmp_path}/center", Serving())
+    pq.write_table(pa.table({"user_id": ["u"], "behaviors": [["new"]]}), samples / "behaviors" / "part-1.parquet")
+    deadline = time.monotonic() + 60
+    while live.history("u")[0] != ["new"]:
+        assert time.monotonic() < deadline, "it is not taken over"
+        time.sleep(0.01)
+    live.stop()

@@ -54,8 +54,8 @@ def test_a_ranking_is_counted_by_route_status_stage_and_what_it_lacked(service, 
     assert found["mim_ray_candidates_total",] == 5
     assert found["mim_ray_unknown_items_total",] == 2, "i35 has no ID embedding, secret-item nothing"
     assert found["mim_ray_items_without_content_total",] == 1
-    assert found["mim_ray_embedding_norm_count",] == 4
-    assert found["mim_ray_embedding_norm_sum",] == pytest.approx(4, abs=0.01)
+    assert found["mim_ray_embedding_norm_count",] == 3, "of the first answer: one in eight is looked at"
+    assert found["mim_ray_embedding_norm_sum",] == pytest.approx(3, abs=0.01)
     assert found["mim_ray_embedding_cosine_count",] == 2
     assert found["mim_ray_ongoing_requests", "ranking"] == 1, "the one that reads the metrics"
     assert 0 <= found["mim_ray_freshness_seconds", "ranking"] < 60
@@ -175,3 +175,27 @@ def test_metrics_answer_for_one_process_where_the_others_cannot_be_asked():
     metrics.joined = gone
     found = values(TestClient(app).get("/metrics").text)
     assert found["mim_ray_requests_total", "ranking", "/v1/rank", "2xx"] == 2
+
+
+def test_ray_is_told_that_a_version_is_not_served_any_more(monkeypatch):
+    told = {}
+
+    class Told:
+        def __init__(self, name, *_):
+            self.name = name
+
+        def set(self, value, labels):
+            told[self.name, labels.get("release")] = value
+
+        def inc(self, *_):
+            pass
+
+    monkeypatch.setattr(metrics_hub, "Gauge", Told)
+    monkeypatch.setattr(metrics_hub, "Counter", Told)
+    release = [1]
+    metrics, ray_metrics = Metrics("ranking", lambda: Versions("m", "e", release[0])), metrics_hub._RayMetrics()
+    for number in (1, 2, 1):
+        release[0] = number
+        ray_metrics.show(metrics.families())
+        assert told["mim_ray_version_info", str(number)] == 1
+        assert told.get(("mim_ray_version_info", str(3 - number)), 0) == 0

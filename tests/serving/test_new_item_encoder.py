@@ -1,4 +1,7 @@
 import base64
+import gc
+import threading
+import weakref
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -8,6 +11,7 @@ from starlette.testclient import TestClient
 
 from mim_ray.data.transforms import content_hash, decode_image
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
+from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import WindowTail, fold, segment_rows
 from mim_ray.serving.decoding import TimeLeft
@@ -185,3 +189,48 @@ def test_image_urls_are_off_by_default(client):
     answer = client.post("/v1/items", json={"item_id": "n", "title": "t", "image_url": "https://cdn.example/a.png"})
     assert answer.status_code == 422
     assert "switched off" in answer.json()["error"]
+
+
+def test_where_parameter_machines_run_an_item_is_rankable_when_they_have_it(small_run):
+    told: list[bool | Exception] = [True, False, ConnectionError("away")]
+
+    def push(*_) -> bool:
+        said = told.pop(0)
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    network = ItemEncoder.load(f"{small_run.root}/csft/encoder")
+    encoder = NewItemEncoder(network, f"{small_run.root}/center", small_run.scenario.data, push=push)
+    for number, rankable in enumerate((True, False, False)):
+        request = NewItemsRequest(items=[{"item_id": f"n{number}", "title": "mug"}, {"item_id": "i3", "title": "mug"}])
+        first, second = encoder.encode(request).items
+        assert (first.changed, first.rankable) == (True, rankable)
+        assert (second.changed, second.rankable) == (number == 0, True), "what was there before is there"
+    assert not told
+
+
+def test_what_came_since_the_newest_snapshot_alone_stays_in_memory(client, encoder, small_run):
+    for number in range(5):
+        client.post("/v1/items", json={"item_id": f"n{number}", "title": f"mug {number}"})
+    assert len(encoder._known._newer) == 5
+    table = EmbeddingTable(f"{small_run.root}/center/table")
+    fold(f"{small_run.root}/center/window", table, keep_s=0)
+    build_snapshot(table, encoder.encoder_version, f"{small_run.root}/center/snapshots/{encoder.encoder_version}")
+    encoder.take_newer_snapshot()
+    assert not client.post("/v1/items", json={"item_id": "n3", "title": "mug 3"}).json()["items"][0]["changed"]
+    assert client.post("/v1/items", json={"item_id": "n5", "title": "mug 5"}).json()["items"][0]["changed"]
+    assert set(encoder._known._newer) == {"n5"}
+
+
+def test_a_thread_looks_for_a_newer_snapshot_as_long_as_somebody_holds_the_encoder(small_run, monkeypatch):
+    monkeypatch.setattr("mim_ray.serving.new_item_encoder.NEWER_SNAPSHOT_EVERY_S", 0.01)
+    looked = threading.Event()
+    monkeypatch.setattr(NewItemEncoder, "take_newer_snapshot", lambda _: looked.set())
+    network = ItemEncoder.load(f"{small_run.root}/csft/encoder")
+    held = NewItemEncoder(network, f"{small_run.root}/center", small_run.scenario.data)
+    assert looked.wait(60)
+    gone = weakref.ref(held)
+    del held
+    gc.collect()
+    assert gone() is None

@@ -1,5 +1,7 @@
 import base64
+import concurrent.futures
 import json
+import threading
 from datetime import UTC, datetime
 
 import numpy as np
@@ -18,7 +20,7 @@ from mim_ray.representation_center.updates import append_segment, segment_rows
 from mim_ray.serving.answers import reasons
 from mim_ray.serving.messages import RankRequest
 from mim_ray.serving.query_encoder import QueryEncoder
-from mim_ray.serving.ranker import RankingService
+from mim_ray.serving.ranker import MAX_ONGOING_REQUESTS, RankingService
 from mim_ray.serving.ranking_app import bind_ranking, ranking_api
 from mim_ray.serving.served import Served
 from mim_ray.training.checkpoint import with_prefix
@@ -180,6 +182,22 @@ def test_unknown_users_and_items_are_scored_and_flagged(client):
     assert all(0 <= item["prob"] <= 1 for item in answer["items"])
 
 
+def test_requests_that_wait_for_parameter_machines_wait_side_by_side(service, client, monkeypatch):
+    together = threading.Barrier(MAX_ONGOING_REQUESTS, timeout=60)
+    rank = service.rank
+
+    def rank_together(*given):
+        together.wait()
+        return rank(*given)
+
+    monkeypatch.setattr(service, "rank", rank_together)
+    monkeypatch.setattr(type(service.rollout.current.rows), "waits", True)
+    with client, concurrent.futures.ThreadPoolExecutor(MAX_ONGOING_REQUESTS) as pool:
+        body = {"user_id": "u1", "candidates": ["i1"]}
+        answers = list(pool.map(lambda _: client.post("/v1/rank", json=body), range(MAX_ONGOING_REQUESTS)))
+    assert {answer.status_code for answer in answers} == {200}
+
+
 def test_ids_that_look_like_paths_or_sql_are_ids(client):
     ids = ["../../etc/passwd", "'; drop table items; --", "i1/../i2", "💥", "%00", "a b"]
     answer = client.post("/v1/rank", json={"user_id": ids[0], "candidates": ids})
@@ -236,6 +254,16 @@ def test_a_score_that_is_no_number_is_never_answered(client, service, monkeypatc
     answer = client.post("/v1/rank", json={"user_id": "u1", "candidates": ["i1"]})
     assert answer.status_code == 500
     assert set(answer.json()) == {"error"}
+
+
+@pytest.mark.parametrize("part", ["network", "tables"])
+def test_a_model_with_one_weight_that_is_no_number_refuses_to_start(small_run, part):
+    path = str(small_run.root / "ctr" / "sim-mim" / "seed-0" / f"{part}.safetensors")
+    weights = {name: weight.clone() for name, weight in artifacts.read_tensors(path).items()}
+    next(iter(weights.values())).view(-1)[-1] = float("nan")
+    artifacts.write_tensors(path, weights)
+    with pytest.raises(ArtifactError, match=rf"{part}\.safetensors holds weights that are no numbers"):
+        RankingService.open(Served.of(small_run.scenario), small_run.scenario.serving)
 
 
 def test_a_model_of_another_encoder_version_refuses_to_start_naming_both(small_run):

@@ -136,7 +136,6 @@ def test_under_constant_calls_a_release_and_a_roll_back_fail_no_request_and_mix_
         versions.add((told["release"], told["encoder_version"] == NEW))
     assert versions == {(None, False), (1, False), (2, True), (3, False)}
     assert np.abs(expected[1] - expected[2]).max() > 0.01, "the two releases rank differently"
-    assert service.rollout.num_switches == 3
 
 
 @pytest.mark.parametrize("fault", ["missing weights", "damaged snapshot", "no numbers", "other versions", "no model"])
@@ -167,12 +166,15 @@ def test_a_release_that_cannot_serve_leaves_the_one_before_serving_and_says_why(
         ctr, said = f"{run.root}/ctr/new-mim", NEW
     else:
         ctr, said = f"{run.root}/ctr/nowhere", "nowhere"
+    kind = "its parts are of different encoder versions" if fault == "other versions" else "missing or damaged"
     with caplog.at_level(logging.ERROR, logger="ray.serve"):
         promote(f"{run.root}/center", encoder_version=version, snapshot=snapshot, ctr_model=ctr)
         refused = wait_for_refusal(service, said)
         assert refused.startswith("Release 2 cannot be served: ")
         ready = client.get("/readyz").json()
-        assert (ready["release"], ready["refused"]) == (1, refused)
+        assert ready["release"] == 1
+        assert kind in ready["refused"], "what sort of problem it is"
+        assert "/" not in ready["refused"], "and no path: strangers may ask"
         answer = service.rank(RankRequest(user_id="u1", candidates=CANDIDATES))
         assert answer.release == 1
         np.testing.assert_allclose(scores(answer), before, atol=1e-7)
@@ -180,6 +182,7 @@ def test_a_release_that_cannot_serve_leaves_the_one_before_serving_and_says_why(
     told = [record.getMessage() for record in caplog.records if "Release 2" in record.getMessage()]
     assert len(told) == 1, "told once, not at every look"
     assert told[0].endswith("release 1 goes on.")
+    assert refused in told[0]
     return_to(run.scenario)
     wait_for(service, 3)
     assert client.get("/readyz").json()["refused"] is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import concurrent.futures
 import json
@@ -22,6 +23,7 @@ from deltalake import DeltaTable
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
+from starlette.testclient import TestClient
 
 from mim_ray.config.scenario import Serving
 from mim_ray.errors import ConfigError, RequestError
@@ -33,6 +35,8 @@ from mim_ray.serving.exposures import exposure_log
 from mim_ray.serving.limits import guarded
 from mim_ray.serving.metrics import Metrics, counted
 from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
+from mim_ray.serving.ranking_app import RankingReplica
+from mim_ray.serving.served import Served
 
 pytestmark = pytest.mark.ray
 
@@ -277,3 +281,40 @@ def test_the_fast_proxy_is_refused_without_keys(shared_run, monkeypatch):
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
     with pytest.raises(ConfigError, match="listen on all interfaces, and there are no API keys"):
         local.start(shared_run.scenario)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .*__del__")  # Python calls it again, without awaiting it
+def test_a_replica_that_serve_stops_stores_what_it_has_shown_and_counted(url, shared_run, monkeypatch):
+    """Serve calls the replica's __del__ after its last request, and then kills the process."""
+    monkeypatch.setattr("mim_ray.serving.exposures.EVERY_S", 3_600.0)
+    monkeypatch.setattr("mim_ray.serving.metrics_hub.REPORT_EVERY_S", 3_600.0)
+    kind = serve.ingress()(RankingReplica)
+    serving = shared_run.scenario.serving.model_copy(update={"log_exposures": True, "similar_items": False})
+
+    async def one_life() -> dict:
+        replica = kind.__new__(kind)
+        await replica.__init__(Served.of_run(shared_run.scenario), serving)
+        answer = TestClient(replica.__serve_build_asgi_app__()).post(
+            "/v1/rank", json={"user_id": "u1", "candidates": ["i1", "i2"]}
+        )
+        await replica.__del__()
+        replica._service.embeddings.stop()
+        replica._service.behaviors.stop()
+        return answer.json()
+
+    before = counted_requests(url)
+    shown = asyncio.run(one_life())
+    rows = exposure_log(f"{shared_run.root}/center").read().to_pylist()
+    logged = [row["item_id"] for row in rows if row["request_id"] == shown["request_id"]]
+    assert logged == [item["item_id"] for item in shown["items"]]
+    assert counted_requests(url) >= before + 1
+
+
+def counted_requests(url: str) -> float:
+    found = text_string_to_metric_families(requests.get(f"{url}/metrics", timeout=20).text)
+    return sum(
+        sample.value
+        for family in found
+        for sample in family.samples
+        if sample.name == "mim_ray_requests_total" and sample.labels["route"] == "/v1/rank"
+    )

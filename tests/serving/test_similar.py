@@ -2,6 +2,7 @@ import base64
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -13,11 +14,11 @@ from mim_ray.config import load_scenario
 from mim_ray.config.scenario import ParameterMachines
 from mim_ray.data.transforms import decode_image
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch, encode_queries
-from mim_ray.errors import UnavailableError
+from mim_ray.errors import RequestError, UnavailableError
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
-from mim_ray.representation_center.updates import append_segment, segment_rows
+from mim_ray.representation_center.updates import append_segment, fold, segment_rows
 from mim_ray.serving.loaded import Loaded
 from mim_ray.serving.query_encoder import QueryEncoder
 from mim_ray.serving.ranker import RankingService
@@ -82,7 +83,7 @@ def test_similar_items_are_those_of_highest_cosine_without_the_item_itself(clien
     assert [item["item_id"] for item in items] == [name for _, name in expected[:5]]
     np.testing.assert_allclose([item["similarity"] for item in items], [value for value, _ in expected[:5]], atol=1e-5)
     assert [item["category"] for item in items] == [("mugs", "socks")[int(item["item_id"][1:]) % 2] for item in items]
-    assert answer.json()["encoder_version"] == similar._searched.store.encoder_version
+    assert answer.json()["encoder_version"] == similar._searched.lookup.encoder_version
 
 
 def test_a_category_narrows_the_answer(client, similar):
@@ -162,6 +163,95 @@ def test_the_thread_builds_and_follows_a_switch_of_releases(service, small_run, 
     finally:
         similar.stop()
         now[0].close()
+
+
+def test_items_that_come_while_the_next_index_is_built_are_found(service, similar, small_run, monkeypatch, caplog):
+    similar.refresh()
+    monkeypatch.setattr("mim_ray.serving.similar.LOOK_AGAIN_S", 0.0)
+    service.rollout.current.close()  # another release serves: nobody follows the window for this one any more
+    near = vectors_of(small_run)["i3"][None]
+
+    def post(name: str) -> None:
+        rows = segment_rows([name], near, content_hashes=["0" * 32], content_at=[datetime.now(UTC)])
+        append_segment(f"{small_run.root}/center/window", rows, encoder_version=service.model.encoder_version)
+
+    post("posted")
+    assert similar.of_item("i3", 1).items[0].item_id == "posted"
+    post("unseen")
+    with monkeypatch.context() as broken:
+        broken.setattr("mim_ray.representation_center.lookup.WindowTail.poll", away)
+        assert similar.of_item("i3", 1).items[0].item_id == "posted", "storage is away: what is known is searched"
+        with pytest.raises(RequestError, match="no item with this id"):
+            similar.of_item("unseen", 1)
+    assert "away" in caplog.text
+    assert similar.of_item("unseen", 40).items[0].similarity == pytest.approx(1, abs=1e-5)
+
+
+def test_those_who_ask_for_unknown_items_at_once_share_one_look_at_storage(service, similar, monkeypatch):
+    similar.refresh()
+    lookup, looks = service.embeddings.lookup, []
+    refresh = lookup.refresh
+
+    def slow(**options):
+        looks.append(options)
+        time.sleep(0.05)
+        return refresh(**options)
+
+    monkeypatch.setattr(lookup, "refresh", slow)
+    wait_until(lambda: lookup.behind_s > 0.2)
+    monkeypatch.setattr("mim_ray.serving.similar.LOOK_AGAIN_S", 0.2)
+
+    def ask(number: int) -> None:
+        with pytest.raises(RequestError):
+            similar.of_item(f"nobody-{number}", 1)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(8)))
+    assert len(looks) < 8
+
+
+def test_an_item_that_is_replaced_while_it_is_searched_is_in_the_answer_once(service, similar, small_run, monkeypatch):
+    similar.refresh()
+    vectors, nearest = vectors_of(small_run), similar._searched.nearest
+    search, replaced = nearest.search, []
+
+    def slow(*asked, **options):
+        if not replaced:
+            replaced.append("i5")
+            store_items(small_run, service, ["i5"], vectors["i3"][None])
+            similar._searched.newer.refresh()  # as another request does
+        return search(*asked, **options)
+
+    monkeypatch.setattr(nearest, "search", slow)
+    found = [one.item_id for one in similar.of_item("i3", 100).items]
+    assert sorted(found) == sorted(set(vectors) - {"i3"})
+
+
+def away(*_, **__):
+    raise OSError("away")
+
+
+def test_a_newer_snapshot_is_indexed_when_enough_came_and_until_then_new_items_are_found(
+    service, similar, small_run, monkeypatch
+):
+    monkeypatch.setattr("mim_ray.serving.similar.LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr("mim_ray.serving.similar.FEW_NEWER", 2)
+    similar.refresh()
+    first = similar._searched
+    near, table = vectors_of(small_run)["i3"], EmbeddingTable(f"{small_run.root}/center/table")
+    line = first.lookup.snapshot.line
+    for number in range(2):
+        store_items(small_run, service, [f"new-{number}"], (near + number)[None], categories=["hats"])
+        fold(f"{small_run.root}/center/window", table)
+        build_snapshot(table, first.lookup.encoder_version, line)
+        assert service.embeddings.take_newer()
+        found = similar.of_item("i3", 40, category="hats").items
+        assert [one.item_id for one in found] == [f"new-{one}" for one in range(number + 1)]
+        similar.refresh()
+        assert (similar._searched is first) == (number == 0)
+    assert similar._searched.nearest.snapshot.num_rows == 42
+    found = similar.of_item("i3", 40, category="hats").items
+    assert [(one.item_id, one.category) for one in found] == [("new-0", "hats"), ("new-1", "hats")]
 
 
 def test_where_parameter_machines_hold_the_rows_it_reads_the_snapshot_and_the_window_itself(service, small_run):

@@ -101,6 +101,11 @@ def test_each_user_gets_the_answer_of_their_arm_and_its_exposures_are_logged(exp
     assert versions["control"] == {everybody.model_version}
     assert versions["other"] == {opened[-1].model_version}
     assert versions["control"] != versions["other"]
+    for service, number in ((everybody, 2), (opened[-1], 3)):
+        service.degraded_answers["content"] += number
+        service.default_features["device"] += number
+    ready = client.get("/readyz").json()
+    assert (ready["degraded"], ready["default_features"]) == ({"content": 5}, {"device": 5}), "of all arms"
     traffic.exposures.stop()
     rows = exposure_log(served.center).read().to_pylist()
     assert len(rows) == 6 * 2

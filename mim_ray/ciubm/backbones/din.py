@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from mim_ray.ciubm.backbones.attention import ContentAttention, weighted
 from mim_ray.ciubm.backbones.face import Side
 
-_CACHED = 65_536  # numbers of hidden units that are computed at once
+_CACHED = 262_144  # numbers of hidden units that are computed at once
 
 
 class Din(nn.Module):
@@ -70,11 +70,14 @@ class Din(nn.Module):
         """
         of_target, of_behavior, of_difference, of_product = self.first.weight.chunk(4, dim=1)
         constant = linear(behaviors, of_behavior - of_difference, self.first.bias)  # (L, hidden)
-        per_behavior = behaviors.t().unsqueeze(2) * of_product.t().unsqueeze(1)  # (d, L, hidden)
-        per_behavior = per_behavior + (of_target + of_difference).t().unsqueeze(1)
+        alone = (of_target + of_difference).t().contiguous()  # (d, hidden)
+        together, columns = of_product.t().contiguous(), behaviors.t().contiguous()  # (d, hidden), (d, L)
         slope, weight = self.activation.weight, self.second.weight.squeeze(0)
-        straight = torch.addmm(constant @ (slope * weight) + self.second.bias, target, per_behavior @ (slope * weight))
-        constant, per_behavior = constant.flatten(), per_behavior.flatten(1)
+        linear_part = slope * weight  # (hidden,)
+        straight = (alone @ linear_part).unsqueeze(1) + (together @ linear_part).unsqueeze(1) * columns  # (d, L)
+        straight = torch.addmm(constant @ linear_part + self.second.bias, target, straight)  # (B, L)
+        per_behavior = (columns.unsqueeze(2) * together.unsqueeze(1) + alone.unsqueeze(1)).flatten(1)  # (d, L * hidden)
+        constant = constant.flatten()
         bent = [
             torch.addmm(constant, some, per_behavior).relu_().view(len(some), len(behaviors), -1) @ weight
             for some in target.split(max(1, _CACHED // len(constant)))
