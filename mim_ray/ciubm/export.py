@@ -283,7 +283,9 @@ def load_ranker(uri: str, *, encoder_version: str | None = None, machines: Machi
 def _numbers(uri: str) -> dict[str, Tensor]:
     """Tensors that were trained."""
     tensors = artifacts.read_tensors(uri)
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    bad = sorted(
+        name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()
+    )  # told once: always in one order
     if bad:
         raise ArtifactError(
             f"{uri} holds weights that are no numbers (in {', '.join(sorted(bad)[:3])}). Train the model again."

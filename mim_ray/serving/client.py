@@ -5,7 +5,7 @@
     client.events([{"user_id": "u17", "item_id": "i1", "event": "click", "request_id": answer["request_id"]}])
 
 Standard library only. Thread-safe: each thread has a connection of its own, which stays open. What is tried again, once: a
-connection that breaks, and 5xx answers. Asking twice is harmless: rankings change nothing, events carry an Idempotency-Key,
+connection that breaks, 5xx answers and 408. Asking twice is harmless: rankings change nothing, events carry an Idempotency-Key,
 the same item's content is encoded once. A request that nobody took, because connections are refused or the proxy has just
 started and knows no app yet, is no try: it is offered until the deadline. So a proxy that dies and comes back in time costs
 nothing but that time.
@@ -35,6 +35,7 @@ MAX_ANSWER_BYTES = 64 * 2**20
 BACKOFF_S = 0.02  # before the second try, where the server names no time
 MOST_BACKOFF_S = 0.25  # between offers to a server that is away
 _AWAY = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN}
+_TOO_SLOW = 408  # the server gave up waiting for all of the request, and has done nothing
 _NO_ROUTES = b"/-/routes"  # in the 404 of a Serve proxy that knows no app of this path
 _STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
 
@@ -139,7 +140,7 @@ class Client:
                 problem = f"404: {_sentence(answer)}"
                 offers, wait_s = offers + 1, _backoff_s(offers)
                 continue
-            if status < 500:
+            if status < 500 and status != _TOO_SLOW:
                 return _answer(status, answer)
             problem = f"{status}: {_sentence(answer)}"
             named = _retry_after(answer_headers.get("Retry-After")) if tries == 0 else None

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from operator import itemgetter
@@ -16,6 +17,7 @@ from operator import itemgetter
 import numpy as np
 
 from mim_ray.ciubm.export import Ranker
+from mim_ray.ciubm.request import Request
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import ParameterMachines, Serving
 from mim_ray.errors import ReleaseGoneError
@@ -67,6 +69,7 @@ class RankingService:
         self.default_features: Counter[str] = Counter()
         self.degraded_answers: Counter[str] = Counter()
         self._counting = threading.Lock()
+        self._turn = threading.Lock()  # to compute, for requests that wait side by side in between
         self.metrics = Metrics("ranking", self._versions, MAX_ONGOING_REQUESTS) if metrics is None else metrics
         if metrics is None:
             self.metrics.watch_embeddings(lambda: self.embeddings)
@@ -153,7 +156,32 @@ class RankingService:
             return self._rank(request, newer, query)
 
     def _rank(self, request: RankRequest, loaded: Loaded, query: QueryVector | None) -> RankResponse:
-        model = loaded.model
+        turn = self._turn if loaded.rows.waits else nullcontext()
+        with turn:
+            asked, num_future, absent = self._asked(request, loaded.model, query)
+        began = time.perf_counter()
+        found = loaded.rows.get(asked)
+        self.metrics.stage(RANK, "lookup", time.perf_counter() - began)
+        with turn:
+            began = time.perf_counter()
+            prob = loaded.model.predict(found.batch, found.tables)  # (C,)
+            self.metrics.stage(RANK, "network", time.perf_counter() - began)
+            if not np.isfinite(prob).all():
+                raise FloatingPointError("the CTR model gave a probability that is no number")
+            self._count(found, absent)
+            return answer(
+                loaded,
+                asked,
+                found,
+                prob,
+                top_k=request.top_k,
+                explain=request.explain,
+                num_future_behaviors=num_future,
+                default_features=absent,
+            )
+
+    def _asked(self, request: RankRequest, model: Ranker, query: QueryVector | None) -> tuple[Request, int, list[str]]:
+        """The request as rows of the model's tables, how many behaviors are later than it, and the features that it lacks."""
         place = {item: number for number, item in reversed(list(enumerate(request.candidates)))}
         candidates = list(dict.fromkeys(request.candidates))
         context, absent = context_table(
@@ -174,25 +202,7 @@ class RankingService:
             context=context,
             query_mm=None if query is None else query.for_model(model),
         )
-        began = time.perf_counter()
-        found = loaded.rows.get(asked)
-        looked = time.perf_counter()
-        prob = model.predict(found.batch, found.tables)  # (C,)
-        self.metrics.stage(RANK, "lookup", looked - began)
-        self.metrics.stage(RANK, "network", time.perf_counter() - looked)
-        if not np.isfinite(prob).all():
-            raise FloatingPointError("the CTR model gave a probability that is no number")
-        self._count(found, absent)
-        return answer(
-            loaded,
-            asked,
-            found,
-            prob,
-            top_k=request.top_k,
-            explain=request.explain,
-            num_future_behaviors=num_future,
-            default_features=absent,
-        )
+        return asked, num_future, absent
 
     def _count(self, found: RequestRows, absent: Sequence[str]) -> None:
         with self._counting:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from ray import serve
@@ -34,6 +35,7 @@ from mim_ray.serving.new_item_app import MAX_ONGOING_REQUESTS
 from mim_ray.serving.promotion import promote_version
 from mim_ray.serving.served import Served
 
+from .chaos_damage import with_damaged_snapshot, with_nan, without_network
 from .chaos_load import KINDS, Kill, Load, kill, processes, until
 from .chaos_reference import Reference
 
@@ -87,6 +89,7 @@ def shop(ray_cluster: None, new_run: Any, picture: Any, tmp_path_factory: pytest
     scenario = new_run.scenario
     machines = {"state": f"{folder}/machines.json", "folder": f"{folder}/machines", "cpus_per_machine": 0.0}
     serving = {"num_replicas": 2, "cpus_per_replica": 0.25, "follow_release_s": 0.5, "similar_items": False}
+    serving["body_timeout_s"] = 60.0  # a starved test machine is no slow stranger
     changed = {
         "machines": scenario.machines.model_copy(update=machines),
         "serving": scenario.serving.model_copy(update=serving),
@@ -246,30 +249,19 @@ def test_releases_are_rolled_out_and_back_and_no_request_fails(shop: Shop) -> No
     check_answers(shop, load)
 
 
-def without_network(root: str) -> dict[str, str]:
-    ctr = f"{root}/ctr/no-network"
-    shutil.copytree(f"{root}/ctr/sim-mim", ctr, ignore=shutil.ignore_patterns("network.safetensors", "machines"))
-    return {"ctr_model": ctr}
-
-
-def with_nan(root: str) -> dict[str, str]:
-    ctr = f"{root}/ctr/nan"
-    shutil.copytree(f"{root}/ctr/sim-mim", ctr, ignore=shutil.ignore_patterns("machines"))
-    path = f"{ctr}/seed-0/tables.safetensors"
-    tables = {name: table.clone() for name, table in artifacts.read_tensors(path).items()}
-    next(iter(tables.values())).view(-1)[-1] = float("nan")
-    artifacts.write_tensors(path, tables)
-    return {"ctr_model": ctr}
-
-
-def with_damaged_snapshot(root: str) -> dict[str, str]:
-    snapshot = str(artifacts.read_manifest(f"{root}/extraction").metrics["snapshot"])  # type: ignore[union-attr]
-    shutil.copytree(snapshot, f"{root}/damaged", symlinks=True)
-    largest = max(Path(f"{root}/damaged").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    largest.write_bytes(content)
-    return {"snapshot": f"{root}/damaged"}
+def test_a_new_deployment_takes_over_and_no_request_fails(shop: Shop) -> None:
+    before = processes(RANKING).keys() | processes(ENCODER).keys()
+    changed = {"max_candidates": 1_999, "max_body_bytes": 11_000_000, "port": urlsplit(shop.url).port}
+    scenario = shop.scenario.model_copy(update={"serving": shop.scenario.serving.model_copy(update=changed)})
+    with shop.new_load("deployment") as load:
+        load.wait_for_more(10)
+        assert local.start(scenario) == shop.url
+        until(shop.healthy, "the new replicas do not come")
+        until(lambda: not before & (processes(RANKING).keys() | processes(ENCODER).keys()), "the old ones do not go")
+        load.wait_for_more(20)
+    print(load.told())
+    assert [call for call in load.calls if call.failed] == []
+    check_answers(shop, load)
 
 
 @pytest.mark.parametrize("damage", [without_network, with_nan, with_damaged_snapshot])

@@ -120,7 +120,17 @@ def garbage(handler) -> None:
 
 
 BUSY = {"status": 503, "body": b'{"error": "The queue is full."}', "headers": {"Retry-After": "0"}}
-ONCE = [reset, hang_up, cut_off, cut_off_chunk, garbage, BUSY, {"status": 500, "body": b"Internal"}, {"status": 502}]
+ONCE = [
+    reset,
+    hang_up,
+    cut_off,
+    cut_off_chunk,
+    garbage,
+    BUSY,
+    {"status": 500, "body": b"Internal"},
+    {"status": 502},
+    {"status": 408},
+]
 
 
 @pytest.mark.parametrize("failure", ONCE)
