@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -65,6 +65,10 @@ class ParameterStore:
             self.take_newer()  # at once: what was purged from the log since the snapshot can be seen in a newer one alone
         except STORAGE_PROBLEMS as error:
             logger.warning("%s is read, because a newer one cannot be: %s", snapshot, error)
+
+    def name(self, categories: Mapping[str, str]) -> None:
+        """Tell the categories of items that the snapshot shows (named_categories.py). What messages named since goes before."""
+        self._lookup.named = {**categories, **self._lookup.named}
 
     @property
     def encoder_version(self) -> str:

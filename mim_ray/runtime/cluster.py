@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 from collections.abc import Iterator
 
 import ray
@@ -14,8 +15,9 @@ from ray.exceptions import RayTaskError
 
 from mim_ray import errors
 from mim_ray.config.scenario import Run, Workers
-from mim_ray.errors import MimRayError
+from mim_ray.errors import ConfigError, MimRayError
 
+_CONNECT_S = 5.0
 PROXY_HEALTH = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
@@ -29,6 +31,9 @@ def cluster(run: Run) -> Iterator[None]:
     """Ray for the time of a block: the running one if there is one (RAY_ADDRESS, a submitted job), else an embedded one.
 
     An embedded Ray has no dashboard, listens on this machine only, and is shut down at the end.
+
+    Raises:
+        ConfigError: RAY_ADDRESS names a place where nothing answers.
     """
     if ray.is_initialized():
         yield
@@ -39,6 +44,7 @@ def cluster(run: Run) -> Iterator[None]:
         os.environ.setdefault(name, value)
     joined = bool(os.environ.get("RAY_ADDRESS")) or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if joined:
+        _check_answers(os.environ.get("RAY_ADDRESS", ""))
         ray.init(address="auto", logging_level=logging.ERROR)
     else:
         ray.init(
@@ -54,6 +60,20 @@ def cluster(run: Run) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself tries for many minutes. Addresses other than host:port are Ray's to judge."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"No Ray answers at RAY_ADDRESS = {address} ({error}). Start one there (ray start --head), or unset RAY_ADDRESS: the "
+            "job then starts one of its own."
+        ) from None
 
 
 def worker_threads(workers: Workers) -> int:

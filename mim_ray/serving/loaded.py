@@ -26,8 +26,10 @@ from mim_ray.ciubm.tables import Lookup
 from mim_ray.config.scenario import ParameterMachines
 from mim_ray.errors import ArtifactError
 from mim_ray.representation_center.lookup import STORAGE_PROBLEMS
+from mim_ray.representation_center.named_categories import named_since
 from mim_ray.representation_center.parameter_client import ParameterClient
 from mim_ray.representation_center.parameter_store import ParameterStore
+from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.serving.served import Served
 
 logger = logging.getLogger("ray.serve")
@@ -157,6 +159,13 @@ class Loaded:
                 window=f"{served.center}/window",
                 encoder_version=model.encoder_version,
             )
+            if model.encoder_version is not None and (trained_on := model.info.get("snapshot")) is not None:
+                table, known = EmbeddingTable(f"{served.center}/table"), model.items.vocabulary
+                store.name(
+                    named_since(
+                        table, model.encoder_version, trained_on, lambda ids: np.asarray(known.encode(ids)) == 0
+                    )
+                )
             rows = LocalRows(store)
             store.start(every_s=FOLLOW_EVERY_S)
         else:

@@ -77,6 +77,8 @@ def test_a_newer_snapshot_is_taken_over_and_only_what_came_since_stays_in_memory
     expected = {"a": (1, None), "n0": (2, None), "n5": (2, "bags"), "later": (3, None)}
     assert shown(store, "a", "n0", "n5", "later", "nobody") == expected, "categories too, which a snapshot has not"
     assert not store.take_newer()
+    store.name({"a": "hats", "n5": "shoes"})
+    assert shown(store, "a", "n5") == {"a": (1, "hats"), "n5": (2, "bags")}, "what a message named goes before"
 
 
 def test_a_store_that_is_opened_with_an_old_snapshot_reads_as_one_that_ran_all_the_time(center: str) -> None:

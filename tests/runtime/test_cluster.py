@@ -1,13 +1,14 @@
 import os
+import socket
 from typing import Any
 
 import pytest
 import ray
 from ray.exceptions import RayTaskError
 
-from mim_ray.config.scenario import Workers
-from mim_ray.errors import DataError
-from mim_ray.runtime.cluster import user_error, worker_threads
+from mim_ray.config.scenario import Run, Workers
+from mim_ray.errors import ConfigError, DataError
+from mim_ray.runtime.cluster import cluster, user_error, worker_threads
 
 
 def _refuse(*_: object) -> None:
@@ -58,3 +59,16 @@ def test_threads_are_the_cores_shared_by_the_workers_unless_set() -> None:
     assert worker_threads(Workers(num_workers=10_000)) == 1
     assert worker_threads(Workers()) == os.cpu_count()
     assert worker_threads(Workers(num_workers=2, threads_per_worker=3)) == 3
+
+
+def test_an_address_where_no_ray_answers_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    if ray.is_initialized():
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed.getsockname()[1]}")
+        with (
+            pytest.raises(ConfigError, match=r"No Ray answers at RAY_ADDRESS = 127.*unset RAY_ADDRESS"),
+            cluster(Run()),
+        ):
+            pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,8 +44,9 @@ class Reference:
         else:
             assert set(answer["degraded"]) <= {"content", "tables"}
             assert all(item["no_content"] for item in answer["items"]) or "content" not in answer["degraded"]
-            shards = [None, *range(num_shards)] if "tables" in answer["degraded"] else [None]
-            possible = [self.scores_without(body, answer["model_version"], shard, num_shards) for shard in shards]
+            most = num_shards if "tables" in answer["degraded"] else 0
+            away = [shards for num in range(most + 1) for shards in itertools.combinations(range(num_shards), num)]
+            possible = [self.scores_without(body, answer["model_version"], shards, num_shards) for shards in away]
         largest = [max(abs(expected[item] - prob) for item, prob in ours.items()) for expected in possible]
         assert min(largest) <= 1e-5, f"wrong by {min(largest)}, degraded: {answer['degraded']}"
 
@@ -57,10 +59,10 @@ class Reference:
         return self._known[key]
 
     def scores_without(
-        self, body: Mapping[str, Any], version: str, shard: int | None, num_shards: int
+        self, body: Mapping[str, Any], version: str, away: tuple[int, ...], num_shards: int
     ) -> dict[str, float]:
-        """ID-only, and with the rows of that shard of the parameter machines unknown."""
-        key = (version, body["user_id"], tuple(body.get("behaviors", ())), shard)
+        """ID-only, and with the rows of those shards of the parameter machines unknown."""
+        key = (version, body["user_id"], tuple(body.get("behaviors", ())), away)
         if key not in self._known:
             service = self._services[version]
             given = body.get("behaviors")
@@ -68,10 +70,9 @@ class Reference:
             asked = service.model.request(
                 body["user_id"], behaviors[-service.model.max_behaviors :], body["candidates"]
             )
-            if shard is not None:
-                for rows in (asked.item_row, asked.user):
-                    keys = string_array([str(row) for row in rows.tolist()])
-                    rows[shard_of(hash_ids(keys), num_shards) == shard] = 0
+            for rows in (asked.item_row, asked.user):
+                keys = string_array([str(row) for row in rows.tolist()])
+                rows[np.isin(shard_of(hash_ids(keys), num_shards), away)] = 0
             prob = np.asarray(service.model.predict(asked.batch()))
             self._known[key] = dict(zip(body["candidates"], prob.tolist(), strict=True))
         return self._known[key]

@@ -27,11 +27,10 @@ from mim_ray.errors import ArtifactError
 from mim_ray.representation_center.parameter_machines import ParameterMachines
 from mim_ray.representation_center.parameter_store import ParameterStore
 from mim_ray.representation_center.release import promote, read_release
-from mim_ray.serving import local
+from mim_ray.serving import local, new_item_app, ranker
 from mim_ray.serving.client import Client
 from mim_ray.serving.events import read_events
 from mim_ray.serving.machines import load_current
-from mim_ray.serving.new_item_app import MAX_ONGOING_REQUESTS
 from mim_ray.serving.promotion import promote_version
 from mim_ray.serving.served import Served
 
@@ -54,7 +53,7 @@ class Shop:
     scenario: Scenario
     machines: ParameterMachines
     reference: Reference
-    new_load: Callable[[str], Load]
+    new_load: Callable[..., Load]
     version: str
 
     def promote(self, ctr: str) -> str:
@@ -103,8 +102,8 @@ def shop(ray_cluster: None, new_run: Any, picture: Any, tmp_path_factory: pytest
     url = local.start(scenario)
     client = Client(url, deadline_s=DEADLINE_S)
 
-    def new_load(name: str) -> Load:
-        return Load(url, name, callers=CALLERS, client=client, picture=picture)
+    def new_load(name: str, callers: int = CALLERS) -> Load:
+        return Load(url, name, callers=callers, client=client, picture=picture)
 
     yield Shop(url, scenario, fleet, reference, new_load, version)
     local.stop()
@@ -160,19 +159,24 @@ def kill_one(shop: Shop, title: str, load: Load, kinds: tuple[str, ...] = KINDS)
 
 
 @pytest.mark.parametrize(
-    ("title", "kinds"), [(RANKING, ("rank", "events")), (ENCODER, ("items",))], ids=["ranking", "encoder"]
+    ("title", "kinds", "most"),
+    [
+        (RANKING, ("rank", "events"), ranker.MAX_ONGOING_REQUESTS),
+        (ENCODER, ("items",), new_item_app.MAX_ONGOING_REQUESTS),
+    ],
+    ids=["ranking", "encoder"],
 )
 def test_a_killed_replica_costs_what_it_had_in_work_and_the_client_nothing(
-    shop: Shop, title: str, kinds: tuple[str, ...]
+    shop: Shop, title: str, kinds: tuple[str, ...], most: int
 ) -> None:
-    with shop.new_load(f"replica-{kinds[0]}") as load:
+    with shop.new_load(f"replica-{kinds[0]}", most) as load:  # more callers than it takes at once
         killed = kill_one(shop, title, load, kinds)
     print(load.told())
     under_way = [call for call in load.calls if call.kind in kinds and call.under_way_at(killed)]
     assert under_way, "nothing was under way"
     failed = load.failures(shipped=False)
     assert [call for call in failed if call not in under_way] == []
-    assert len(failed) <= MAX_ONGOING_REQUESTS
+    assert len(failed) <= most
     assert load.failures(shipped=True) == []
     check_answers(shop, load)
 

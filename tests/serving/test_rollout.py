@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from mim_ray import artifacts
 from mim_ray.encoders.item_encoder import ItemEncoder
 from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.release import promote, read_release
+from mim_ray.representation_center.snapshot_line import current_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
+from mim_ray.representation_center.updates import append_segment, fold, segment_rows
 from mim_ray.serving.messages import RankRequest
 from mim_ray.serving.new_item_app import new_item_api
 from mim_ray.serving.new_item_encoder import NewItemEncoder
@@ -236,3 +239,37 @@ def test_the_encoder_app_encodes_nothing_under_a_release_of_another_version(run:
     return_to_old = promote_version(run.scenario, encoder.encoder_version, ctr="sim-mim")
     assert read_release(f"{run.root}/center") == return_to_old
     assert client.post("/v1/items", json={"item_id": "n2", "title": "blue mug"}).status_code == 200
+
+
+def test_an_item_that_is_newer_than_the_model_keeps_its_category_when_a_newer_snapshot_is_promoted(run: Any) -> None:
+    table, window = EmbeddingTable(f"{run.root}/center/table"), f"{run.root}/center/window"
+    version = table.encoder_versions()[0]
+    line = f"{run.root}/center/snapshots/{version}"
+    info = artifacts.read_json(f"{run.root}/ctr/sim-mim/ctr.json")
+    trained_on = f"{line}/{current_snapshot(line)}"
+    artifacts.write_json(f"{run.root}/ctr/sim-mim/ctr.json", info | {"snapshot": trained_on})
+    vectors = np.ones((2, run.scenario.encoders.width), np.float32)
+    rows = segment_rows(
+        ["mug", "thing"],
+        vectors,
+        content_hashes=["0" * 32] * 2,
+        content_at=[datetime.now(UTC)] * 2,
+        categories=["mugs", None],
+    )
+    append_segment(window, rows, encoder_version=version)
+
+    def prob() -> dict[str, float]:
+        service = RankingService.open(Served.of(run.scenario), run.scenario.serving)
+        service.rollout.current.close()
+        service.behaviors.stop()
+        answer = service.rank(RankRequest(user_id="u1", candidates=["mug", "thing"]))
+        return {item.item_id: item.prob for item in answer.items}
+
+    promote_version(run.scenario, ctr="sim-mim")
+    before = prob()
+    assert before["mug"] != before["thing"], "the category is seen"
+    fold(window, table, keep_s=0)
+    build_snapshot(table, version, line)
+    assert prob() == pytest.approx(before, abs=1e-7), "a newer snapshot is read"
+    promote_version(run.scenario, ctr="sim-mim")
+    assert prob() == pytest.approx(before, abs=1e-7), "and promoted"
