@@ -171,6 +171,9 @@ def overloaded(bench: Bench, at_peak: Details) -> Details:
     assert isinstance(bench.fast, Server)
     capacity, plan, log = at_peak["fast_per_s"], bench.plan, bench.folder / "log"
     phases = [(capacity / 2, plan.open_s), (capacity * 3, plan.overload_s), (capacity / 2, plan.after_s)]
+    bench.load.open(
+        bench.fast.url, log, phases=[(capacity * 3, 1.0)], seed=plan.seed
+    )  # opens the connections: warms up
     outcomes = bench.load.open(bench.fast.url, log, phases=phases, seed=plan.seed)
     before = np.array(outcomes.due) < plan.open_s
     ranked = before & (np.array(outcomes.status) == 200)

@@ -551,7 +551,7 @@ class Serving(Section):
     """A body with more strings, numbers, lists and objects is refused before it is parsed."""
     max_queued_requests: Positive | None = None
     """Rankings that wait, beside the 6 that a replica has in work; on Serve's fast path in each replica, else in each proxy.
-    Beyond that 503 at once, with Retry-After. Default: 4 on the fast path, where what is accepted in an overload is then about
+    Beyond that 503 at once, with Retry-After. Default: 2 on the fast path, where what is accepted in an overload is then about
     as fast as always; else 200."""
     max_queued_new_items: Positive = 200
     """The same of requests to /v1/items."""

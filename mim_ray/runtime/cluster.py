@@ -8,6 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 from ray.data import DataContext
@@ -33,7 +34,7 @@ def cluster(run: Run) -> Iterator[None]:
     An embedded Ray has no dashboard, listens on this machine only, and is shut down at the end.
 
     Raises:
-        ConfigError: RAY_ADDRESS names a place where nothing answers.
+        ConfigError: RAY_ADDRESS names a place where nothing answers, or Ray does not take this process in.
     """
     if ray.is_initialized():
         yield
@@ -45,7 +46,17 @@ def cluster(run: Run) -> Iterator[None]:
     joined = bool(os.environ.get("RAY_ADDRESS")) or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if joined:
         _check_answers(os.environ.get("RAY_ADDRESS", ""))
-        ray.init(address="auto", logging_level=logging.ERROR)
+        if "RAY_AUTH_TOKEN" in os.environ or Path.home().joinpath(".ray/auth_token").is_file():
+            os.environ.setdefault(
+                "RAY_AUTH_MODE", "token"
+            )  # where there is one, `ray start` asks for it; others do not mind
+        try:
+            ray.init(address="auto", logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"Ray does not take this process in ({error}). Where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to "
+                "that of its head; else look whether it runs."
+            ) from None
     else:
         ray.init(
             address="local",

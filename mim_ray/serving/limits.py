@@ -61,7 +61,7 @@ def max_queued_rankings(serving: Serving) -> int:
     """`serving.max_queued_requests`, or its default where requests come from."""
     if serving.max_queued_requests is not None:
         return serving.max_queued_requests
-    return 4 if on_fast_path() else 200
+    return 2 if on_fast_path() else 200
 
 
 def exposed_by(serving: Serving) -> str | None:

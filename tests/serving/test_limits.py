@@ -149,5 +149,5 @@ def test_loopback_is_recognised():
 def test_few_rankings_wait_on_the_fast_path_so_that_an_overload_does_not_make_the_accepted_slow(monkeypatch):
     assert max_queued_rankings(Serving()) == 200
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    assert max_queued_rankings(Serving()) == 4
+    assert max_queued_rankings(Serving()) == 2
     assert max_queued_rankings(Serving(max_queued_requests=7)) == 7
