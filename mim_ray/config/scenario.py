@@ -303,9 +303,9 @@ class Csft(Workers, Tuning):
     hard_negatives: bool = True
     """One other item of the positive's category per pair (part of ST-NSG). Where new items matter compare with false
     (docs/results.md). A catalogue without categories needs false."""
-    hard_negative_power: Ratio = 0.0
+    hard_negative_power: Ratio = 0.5
     """Hard negatives are drawn in proportion to (an item's training pairs + 0.1) to this power. 0: evenly, which pushes items
-    that few have bought away from all. 1: about as often as they are positives. 0.5 was best on the shop (docs/results.md)."""
+    that few have bought away from all. 1: about as often as they are positives. 0.5 did well everywhere (docs/results.md)."""
     text_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
     """alpha of Eq. 6 (paper: 0.5)."""
     image_loss_weight: Annotated[float, Field(ge=0.0)] = 0.5
