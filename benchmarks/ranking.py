@@ -1,6 +1,6 @@
 """How the ranking endpoint holds under load: Serve's fast path beside bare uvicorn, content beside none, three times too much.
 
-    python benchmarks/ranking.py --json ranking.json --quick         the goals, in a minute
+    python benchmarks/ranking.py --json ranking.json --quick         the goals, in two minutes
     python benchmarks/ranking.py --json ranking.json                 more rounds, more connections, 2,000 x 200, the default proxy
 
 200 candidates x 50 behaviors, DIN of widths 16 + 16 with content of width 128, one process and thread of the model on each side.

@@ -281,13 +281,12 @@ def load_ranker(uri: str, *, encoder_version: str | None = None, machines: Machi
 
 
 def _numbers(uri: str) -> dict[str, Tensor]:
-    """Tensors that were trained."""
+    """The tensors at `uri`, all of whose numbers are finite."""
     tensors = artifacts.read_tensors(uri)
-    bad = sorted(
-        name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()
-    )  # told once: always in one order
+    # in one order: readers that look again tell the same problem once
+    bad = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if bad:
         raise ArtifactError(
-            f"{uri} holds weights that are no numbers (in {', '.join(sorted(bad)[:3])}). Train the model again."
+            f"{uri} holds weights that are no numbers (in {', '.join(bad[:3])}). Train the model again."
         )
     return tensors

@@ -47,9 +47,8 @@ def cluster(run: Run) -> Iterator[None]:
     if joined:
         _check_answers(os.environ.get("RAY_ADDRESS", ""))
         if "RAY_AUTH_TOKEN" in os.environ or Path.home().joinpath(".ray/auth_token").is_file():
-            os.environ.setdefault(
-                "RAY_AUTH_MODE", "token"
-            )  # where there is one, `ray start` asks for it; others do not mind
+            # where there is a token, `ray start` asks for it; a Ray without authentication does not mind
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         try:
             ray.init(address="auto", logging_level=logging.ERROR)
         except ConnectionError as error:

@@ -47,9 +47,8 @@ class Guard:
             return
         try:
             self._check_caller(scope)
-            body = (
-                b"" if needed_scope(scope["path"]) in (OPEN, PAGE) else await self._body(scope, receive)
-            )  # those routes read none
+            reads_none = needed_scope(scope["path"]) in (OPEN, PAGE)
+            body = b"" if reads_none else await self._body(scope, receive)
             if body is None:
                 return
             if body and _is_json(scope):

@@ -36,9 +36,8 @@ from mim_ray.serving.served import Served
 
 RANK = "/v1/rank"
 MAX_ONGOING_REQUESTS = 6  # in one replica; more wait in the queue. At half of the capacity more than 6 are rare
-THREADS = (
-    2  # that rank what is not short: one computes while the other waits; with 8 each operation waits for Python's lock
-)
+# Threads rank what is not short: two, since of many each operation waits for Python's lock.
+THREADS = 2
 SHORT_PAIRS = 50_000  # candidates x behaviors: about 4 ms, which the event loop can wait
 
 
