@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from mim_ray.data.ids import hash_ids
@@ -19,19 +17,9 @@ from mim_ray.representation_center.lookup import EmbeddingLookup
 from mim_ray.representation_center.overlay import Overlay
 from mim_ray.representation_center.snapshot import Snapshot, write_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
-from mim_ray.representation_center.updates import append_segment, fold, segment_rows
+from mim_ray.representation_center.updates import append_segment, fold
 
-START = datetime(2025, 1, 1, tzinfo=UTC)
-
-
-def message(ids: list[str], value: float, day: int, **options: object) -> pa.Table:
-    return segment_rows(
-        ids,
-        np.full((len(ids), 2), value, np.float32),
-        content_hashes=[f"{value}".rjust(32, "0")] * len(ids),
-        content_at=[START + timedelta(days=day)] * len(ids),
-        **options,  # type: ignore[arg-type]
-    )
+from .messages import message
 
 
 @pytest.fixture

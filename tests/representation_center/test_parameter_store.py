@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
 from mim_ray.errors import ArtifactError
@@ -17,19 +14,9 @@ from mim_ray.representation_center.build import build_snapshot
 from mim_ray.representation_center.parameter_store import ParameterStore
 from mim_ray.representation_center.snapshot_line import switch_snapshot
 from mim_ray.representation_center.table import EmbeddingTable
-from mim_ray.representation_center.updates import append_segment, fold, segment_rows
+from mim_ray.representation_center.updates import append_segment, fold
 
-START = datetime(2025, 1, 1, tzinfo=UTC)
-
-
-def message(ids: list[str], value: float, day: int, **options: object) -> pa.Table:
-    return segment_rows(
-        ids,
-        np.full((len(ids), 2), value, np.float32),
-        content_hashes=[f"{value}".rjust(32, "0")] * len(ids),
-        content_at=[START + timedelta(days=day)] * len(ids),
-        **options,  # type: ignore[arg-type]
-    )
+from .messages import message
 
 
 @pytest.fixture
