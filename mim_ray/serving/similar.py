@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -32,7 +33,7 @@ from mim_ray.serving.newer_items import NewerItems
 
 logger = logging.getLogger("ray.serve")
 FOLLOW_EVERY_S = 1.0  # how often new items are looked for, where the ranker itself leaves that to parameter machines
-LOOK_AGAIN_S = 0.1  # for an item that is not known; so often at most
+LOOK_AGAIN_S = 0.1  # where nobody else follows what comes; so often at most
 _LOOK_EVERY_S = 1.0  # whether another release serves
 FEW_NEWER, NEWER_SHARE = 1_000, 0.02  # rows since the indexed snapshot that are worth another index
 _NICENESS = 10  # of the thread that builds: requests come first
@@ -172,6 +173,7 @@ class _Searched:
     names: list[str]
     category: np.ndarray
     looking: threading.Lock = field(default_factory=threading.Lock)
+    looked_ns: list[int] = field(default_factory=lambda: [0])  # when the last look for an unknown item began
 
     @classmethod
     def open(cls, loaded: Loaded, exact_rows: int, recall: float) -> _Searched:
@@ -200,8 +202,10 @@ class _Searched:
     def vector(self, item_id: str) -> np.ndarray:
         """(D,). Raises: RequestError as `SimilarItems.of_item`."""
         found = self.lookup.get([item_id])
-        if not found.found[0] and self.lookup.behind_s > LOOK_AGAIN_S:  # posted a moment ago?
-            self._look(now=True)  # it may be folded into the table already
+        if not found.found[
+            0
+        ]:  # posted a moment ago? It may be folded into the table already, which followers see later
+            self._look_now()
             found = self.lookup.get([item_id])
         if found.matrix[0].any():
             return np.asarray(found.matrix[0])
@@ -215,7 +219,9 @@ class _Searched:
 
     def near(self, vector: np.ndarray, top_k: int, category: str | None) -> list[Neighbor]:
         if not self.store.follows(self.lookup) and self.lookup.behind_s > LOOK_AGAIN_S:
-            self._look()  # the index of what took its place is being built
+            with self.looking:
+                if self.lookup.behind_s > LOOK_AGAIN_S:  # nobody has looked while this one waited
+                    self._look()  # the index of what took its place is being built
         self.newer.refresh()
         newest, hidden = self.newer.nearest(
             vector, top_k, category
@@ -232,15 +238,20 @@ class _Searched:
         found.sort(key=lambda one: -one[1])
         return [Neighbor(*one) for one in found[:top_k]]
 
-    def _look(self, *, now: bool = False) -> None:
-        """Take in what came since, once for all who wait for that. Where storage is away, what is known is searched."""
+    def _look_now(self) -> None:
+        """Look at window and table: one look at a time, which serves all who asked before it began."""
+        asked = time.monotonic_ns()
         with self.looking:
-            if self.lookup.behind_s <= LOOK_AGAIN_S:
-                return
-            try:
-                self.lookup.refresh(now=now)
-            except STORAGE_PROBLEMS as error:
-                logger.warning("similar items are those of %.0f s ago: %s", self.lookup.behind_s, error)
+            if self.looked_ns[0] < asked:
+                self.looked_ns[0] = time.monotonic_ns()
+                self._look(now=True)
+
+    def _look(self, *, now: bool = False) -> None:
+        """Take in what came since. Where storage is away, what is known is searched."""
+        try:
+            self.lookup.refresh(now=now)
+        except STORAGE_PROBLEMS as error:
+            logger.warning("similar items are those of %.0f s ago: %s", self.lookup.behind_s, error)
 
 
 def _categories(items: ItemIndex, lookup: EmbeddingLookup) -> tuple[list[str], np.ndarray]:

@@ -131,9 +131,8 @@ def test_while_the_index_is_built_answers_say_when_to_come_back(client, similar)
         similar.of_item("i3", 1)
 
 
-def test_an_item_that_was_posted_a_moment_ago_is_looked_for(client, service, similar, small_run, monkeypatch):
+def test_an_item_that_was_posted_a_moment_ago_is_looked_for(client, service, similar, small_run):
     similar.refresh()
-    monkeypatch.setattr("mim_ray.serving.similar.LOOK_AGAIN_S", 0.0)
     rows = segment_rows(
         ["just-posted"],
         vectors_of(small_run)["i3"][None],
