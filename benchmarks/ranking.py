@@ -1,6 +1,6 @@
 """How the ranking endpoint holds under load: Serve's fast path beside bare uvicorn, content beside none, three times too much.
 
-    python benchmarks/ranking.py --json ranking.json --quick         the goals, in two minutes
+    python benchmarks/ranking.py --json ranking.json --quick         the goals, in a minute
     python benchmarks/ranking.py --json ranking.json                 more rounds, more connections, 2,000 x 200, the default proxy
 
 200 candidates x 50 behaviors, DIN of widths 16 + 16 with content of width 128, one process and thread of the model on each side.
@@ -73,8 +73,8 @@ QUICK = Plan(
     large=None,
     connections=(8,),
     rounds=2,
-    seconds=1.0,
-    open_s=2.0,
+    seconds=0.8,
+    open_s=1.5,
     overload_s=2.0,
     after_s=4.0,
     encoding_s=1.0,

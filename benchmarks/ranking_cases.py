@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +12,13 @@ import numpy as np
 from measuring import seconds_in_turn
 from ranking_figures import failed, latencies_ms, of_pairs, overload, p50, rate, statuses
 from ranking_load import Load, Outcomes
-from ranking_run import Shop, log_of_requests, make_run
 from ranking_servers import THREADS, NotStartedError, Server, scenario_of
-
-from mim_ray.serving.keys import new_key
 
 if TYPE_CHECKING:
     from ranking import Plan
 
 NUM_REQUESTS = 512  # of each log, which starts again when it ends
+WARM_UP_S = 0.3
 Details = dict[str, Any]
 
 
@@ -43,25 +40,23 @@ class Bench:
     def sides(self) -> list[Server]:
         return [self.uvicorn] if isinstance(self.fast, str) else [self.uvicorn, self.fast]
 
-    def closed(self, server: Server, connections: int, log: str = "log") -> Outcomes:
+    def closed(self, server: Server, connections: int, log: str = "log", seconds: float | None = None) -> Outcomes:
         """One turn of a server in a closed loop."""
-        return _whole(
-            self.load.closed(server.url, self.folder / log, connections=connections, seconds=self.plan.seconds),
-            server,
-        )
+        seconds = self.plan.seconds if seconds is None else seconds
+        outcomes = self.load.closed(server.url, self.folder / log, connections=connections, seconds=seconds)
+        return _whole(outcomes, server)
 
 
 def measure_all(plan: Plan, folder: Path) -> Details:
     """All keys with their details."""
-    key = prepare(plan, folder)
+    _tell("starting")
     with contextlib.ExitStack() as stack:
-        load = stack.enter_context(Load(key))
         uvicorn = stack.enter_context(Server.uvicorn(folder, "din-mim", plan.processes))
         base = stack.enter_context(Server.uvicorn(folder, "din-base", plan.processes))
         details: Details = {}
-        with _fast_path(plan, folder) as fast:
-            uvicorn.wait()
-            base.wait()
+        with _fast_path(plan, folder) as starting:
+            load = stack.enter_context(Load(prepare(plan, folder)))  # while they start
+            fast = _opened(uvicorn, base, starting)
             bench = Bench(plan, folder, load, uvicorn, base, fast)
             _tell("one connection")
             details |= one_connection(bench)
@@ -84,6 +79,10 @@ def measure_all(plan: Plan, folder: Path) -> Details:
 
 def prepare(plan: Plan, folder: Path) -> str:
     """Write the run, the keys and the logs of requests; the key that the load sends."""
+    from ranking_run import Shop, log_of_requests, make_run  # takes seconds: after the servers are started
+
+    from mim_ray.serving.keys import new_key
+
     folder.mkdir(parents=True, exist_ok=True)
     key, line = new_key("benchmark", ["rank"])
     (folder / "keys").write_text(line + "\n")
@@ -200,6 +199,7 @@ def default_proxy(bench: Bench, connections: int) -> Details:
     key = "default_proxy_vs_uvicorn"
     try:
         with Server.serve(bench.folder, "din-mim", bench.plan.processes, fast=False) as server:
+            server.open()
             server.wait()
             sides = [bench.uvicorn, server]
             found = _rates_in_turn(bench, sides, connections)
@@ -249,27 +249,33 @@ def live_encoding(plan: Plan, folder: Path) -> Details:
 def _rates_in_turn(bench: Bench, sides: list[Server], connections: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {side.name: [] for side in sides}
     for side in sides:
-        bench.closed(side, connections)  # warms up
+        bench.closed(side, connections, seconds=WARM_UP_S)
     for number in range(bench.plan.rounds):
         for side in sides if number % 2 == 0 else reversed(sides):
             found[side.name].append(rate(bench.closed(side, connections)))
     return found
 
 
-@contextlib.contextmanager
-def _fast_path(plan: Plan, folder: Path) -> Iterator[Server | str]:
-    """The server, ready, or why there is none: never another one in its place."""
+def _fast_path(plan: Plan, folder: Path) -> contextlib.AbstractContextManager[Server | str]:
+    """The server, starting, or why there is none."""
     if not plan.serve:
-        yield "left out"
-        return
-    with Server.serve(folder, "din-mim", plan.processes, fast=True) as server:
+        return contextlib.nullcontext("left out")
+    return Server.serve(folder, "din-mim", plan.processes, fast=True)
+
+
+def _opened(uvicorn: Server, base: Server, fast: Server | str) -> Server | str:
+    """Have all of them open the run; the fast path, ready, or why there is none: never another one in its place."""
+    for server in (uvicorn, base, fast):
+        if isinstance(server, Server):
+            server.open()
+    uvicorn.wait()
+    base.wait()
+    if isinstance(fast, Server):
         try:
-            server.wait()
+            fast.wait()
         except NotStartedError as error:
-            found: Server | str = str(error)
-        else:
-            found = server
-        yield found
+            return str(error)
+    return fast
 
 
 def _whole(outcomes: Outcomes, server: Server) -> Outcomes:

@@ -3,11 +3,13 @@
     python benchmarks/ranking_servers.py uvicorn FOLDER VARIANT SOCKET
     python benchmarks/ranking_servers.py serve FOLDER VARIANT PROCESSES PORT
 
-They end when their input does. `Server` is the other end: it starts them, and ends them and all they have started.
+They load their libraries, and Ray, at once, open FOLDER when a line comes, and end when their input does. `Server` is the
+other end: it starts them, and ends them and all they have started.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -39,7 +41,9 @@ class NotStartedError(Exception):
 class Server:
     """
     with Server.uvicorn(folder, "din-mim", processes=1) as server:
-        server.wait(key)
+        make_run(folder, shop)
+        server.open()
+        server.wait()
         ask(server.url)
     """
 
@@ -69,6 +73,14 @@ class Server:
         command = ["serve", str(folder), variant, str(processes), str(port)]
         return cls(name, port, [_start(command, log, PATIENCE | EQUAL | (fast_path() if fast else {}))], log)
 
+    def open(self) -> None:
+        """Let it open the run, which is there now."""
+        for child in self._children:
+            assert child.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it has ended: `wait` says so
+                child.stdin.write(b"\n")
+                child.stdin.flush()
+
     def wait(self) -> None:
         """Until it is ready in all its processes.
 
@@ -92,7 +104,8 @@ class Server:
         started = [family for child in self._children for family in _family(child.pid)]
         for child in self._children:
             assert child.stdin is not None
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
         for child in self._children:
             try:
                 child.wait(END_S)
@@ -182,7 +195,6 @@ def _family(pid: int) -> list:
 
 def _uvicorn(folder: Path, variant: str, number: int) -> None:
     """The app of a replica, without Ray: the same service, guard, metrics and keys."""
-    scenario = scenario_of(folder, variant)  # before the slow imports: a wrong folder shows at once
     import torch
     import uvicorn
 
@@ -194,6 +206,8 @@ def _uvicorn(folder: Path, variant: str, number: int) -> None:
 
     torch.set_num_threads(THREADS)
     keep_freed_memory()
+    sys.stdin.readline()
+    scenario = scenario_of(folder, variant)
     serving, served = scenario.serving, Served.of(scenario)
     service = RankingService.open(served, serving, scenario.machines, scenario)
     api = ranking_api(service, serving, Traffic.open(serving, served, {}, lambda other: service))
@@ -215,26 +229,26 @@ def _serve(folder: Path, variant: str, processes: int, port: int) -> None:
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
-    from mim_ray.serving.ranking_app import bind_ranking
-
-    scenario = scenario_of(folder, variant)
-    changes = {"num_replicas": processes, "cpus_per_replica": float(THREADS)}
-    scenario = scenario.model_copy(update={"serving": scenario.serving.model_copy(update=changes)})
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    _start_ray(processes + 1, path)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    _start_ray(processes + 1)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     try:
         options = {"host": "127.0.0.1", "port": port, "request_timeout_s": 30.0}
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
+        from mim_ray.serving.ranking_app import bind_ranking
+
+        sys.stdin.readline()
+        scenario = scenario_of(folder, variant)
+        changes = {"num_replicas": processes, "cpus_per_replica": float(THREADS)}
+        scenario = scenario.model_copy(update={"serving": scenario.serving.model_copy(update=changes)})
         serve.run(bind_ranking(scenario), name="ranking", logging_config=quiet)
         print("ready", flush=True)
         sys.stdin.read()
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # with all of Serve; serve.shutdown waits for half a minute on the fast path
 
 
-def _start_ray(num_cpus: int, path: str) -> None:
+def _start_ray(num_cpus: int) -> None:
     """Ray gives its node half a minute to start, which is not enough where the machine is busy: then once more, and again."""
     import ray
 
@@ -245,7 +259,6 @@ def _start_ray(num_cpus: int, path: str) -> None:
                 num_cpus=num_cpus,
                 include_dashboard=False,
                 object_store_memory=200_000_000,
-                runtime_env={"env_vars": {"PYTHONPATH": path}},
             )
             return
         except Exception:  # what Ray raises then is nothing more special

@@ -124,6 +124,7 @@ def test_a_server_that_does_not_start_is_missing_with_its_reason(
     servers = modules["ranking_servers"]
     reason = r"uvicorn-din-mim did not start: .*shop\.json"  # there is no run
     with servers.Server.uvicorn(tmp_path, "din-mim", 1) as server, pytest.raises(servers.NotStartedError, match=reason):
+        server.open()
         server.wait()
 
 
