@@ -6,12 +6,13 @@ machines = ParameterMachines.start(state, release, settings)
 ranker = load_ranker(ctr, machines=OfRelease(machines.client(), serial))        # holds vocabularies, no table
 
 A table is called TABLE-SEED and its keys are row numbers, so that explicit and hashed vocabularies are served alike; a network
-is called network-SEED.
+is called network-SEED. Beside them lies one table of numbers, NEWER_TABLE: the category of each item that came between the model
+and the release's snapshot (what comes later brings its category with its embedding).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,7 @@ from mim_ray.representation_center.snapshot_from_rows import write_snapshot
 from mim_ray.representation_center.snapshot_line import current_snapshot
 
 MM_TABLE = "mm"
+NEWER_TABLE = "newer_category"
 
 
 class Answer(Protocol):
@@ -103,6 +105,19 @@ def networks_of(ctr: str) -> dict[str, str]:
     """URIs of the networks of the CTR model at `ctr`, by the names that they have on the machines."""
     seeds = artifacts.read_json(f"{ctr}/ctr.json")["seeds"]
     return {f"network-{seed}": f"{ctr}/seed-{seed}/network.safetensors" for seed in seeds}
+
+
+def write_newer_categories(line: str, named: Mapping[str, str], categories: Sequence[str]) -> str:
+    """Write NEWER_TABLE as a new state of a line: item id -> (1,) row in the category table; the state's URI.
+
+    Args:
+        named: item id -> category. One that the model does not know is left out.
+        categories: the model's, the first has row 1.
+    """
+    row_of = {name: row for row, name in enumerate(categories, start=1)}
+    rows = {item: row_of[name] for item, name in named.items() if name in row_of}
+    values = np.fromiter(rows.values(), np.float32, len(rows)).reshape(-1, 1)
+    return write_snapshot(line, list(rows), values, encoder_version="none")
 
 
 class MachineTables:

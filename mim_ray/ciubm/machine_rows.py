@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mim_ray.ciubm.dataset import IndexedBatch
 from mim_ray.ciubm.export import Ranker
-from mim_ray.ciubm.machine_export import MM_TABLE, Answer, Machines
+from mim_ray.ciubm.machine_export import MM_TABLE, NEWER_TABLE, Answer, Machines
 from mim_ray.ciubm.request import Request
 from mim_ray.ciubm.tables import Lookup
 from mim_ray.errors import ArtifactError, UnavailableError
@@ -71,6 +71,7 @@ class MachineRows:
         width = answers[MM_TABLE].matrix.shape[1]
         if ranker.content_width not in (None, width):
             raise ArtifactError(f"The machines' MM embeddings have width {width}, the model {ranker.content_width}.")
+        self._categories = ranker.items.categories
         self._kept = {name: torch.from_numpy(answers[name].matrix.copy()) for name in asked}
 
     def get(self, request: Request) -> Found:
@@ -82,6 +83,9 @@ class MachineRows:
         rows = request.rows(with_user=self._with_user)
         keys = {name: pa.array(of_table.numpy()).cast(pa.large_string()) for name, of_table in rows.items()}
         asked = {f"{name}-{seed}": of_table for name, of_table in keys.items() for seed in self._seeds}
+        new = np.flatnonzero(~request.known)
+        if len(new):
+            asked[NEWER_TABLE] = request.keys.take(pa.array(new))
         answers = self._machines.get_many({MM_TABLE: request.keys, **asked})
         tables, rows_away, unknown = [], False, request.unknown
         for seed in self._seeds:
@@ -96,9 +100,17 @@ class MachineRows:
         if mm.degraded:
             nothing = np.zeros(request.num_candidates, bool)
             return Found(request.batch(), tables, nothing, unknown, content_away=True, rows_away=rows_away)
-        names = None if request.known.all() else mm.category.to_pylist()
+        names = self._names(new, mm, answers[NEWER_TABLE]) if len(new) else None
         batch = request.batch(mm.matrix, mm.found, names)
         return Found(batch, tables, mm.found[request.num_behaviors :], unknown, rows_away=rows_away)
+
+    def _names(self, new: np.ndarray, mm: Answer, newer: Answer) -> list[str | None]:
+        """(l + C,) categories of the items at the places `new`: of their last message, else of one before the snapshot."""
+        names: list[str | None] = mm.category.to_pylist()
+        for at, place in enumerate(new.tolist()):
+            if names[place] is None and newer.found[at]:
+                names[place] = self._categories[int(newer.matrix[at, 0]) - 1]
+        return names
 
     def _embedded(self, name: str, answer: Answer) -> tuple[Tensor, np.ndarray]:
         """(U, width), and (U,) True where row 0 stands for one that did not come."""

@@ -25,8 +25,7 @@ from mim_ray.data.ids import Ids
 from mim_ray.representation_center.lookup import STORAGE_PROBLEMS, EmbeddingLookup
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
-from mim_ray.representation_center.snapshot_files import read_manifest
-from mim_ray.representation_center.snapshot_line import current_snapshot
+from mim_ray.representation_center.snapshot_line import newer_state
 from mim_ray.representation_center.table import EmbeddingTable
 
 logger = logging.getLogger(__name__)
@@ -118,7 +117,7 @@ class ParameterStore:
         Raises:
             ArtifactError, OSError: it cannot be opened. The one before goes on.
         """
-        newer = self._newer(self._lookup.snapshot)
+        newer = None if self._table is None else newer_state(self._lookup.snapshot.uri)
         if newer is not None:
             self.load(newer)
         return newer is not None
@@ -143,14 +142,6 @@ class ParameterStore:
 
     def _open(self, uri: str) -> EmbeddingLookup:
         return EmbeddingLookup(self._checked(uri), table=self._table, window=self._window)
-
-    def _newer(self, snapshot: Snapshot) -> str | None:
-        """URI of the current state of its line, where that shows later commits of the table; else None."""
-        state = None if self._table is None else current_snapshot(snapshot.line)
-        if state is None or state == snapshot.snapshot_id:
-            return None
-        uri = f"{snapshot.line}/{state}"
-        return uri if read_manifest(uri)["delta_version"] > snapshot.delta_version else None
 
     def _checked(self, uri: str) -> Snapshot:
         snapshot = Snapshot.open(uri)

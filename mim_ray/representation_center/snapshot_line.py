@@ -6,6 +6,7 @@
 
 list_snapshots(line)                 # newest first
 switch_snapshot(line, snapshot_id)   # roll back, or forward again
+newer_state(f"{line}/{snapshot_id}") # what has come after it
 keep_snapshot(line, snapshot_id, owner="release")
 prune_snapshots(line, keep=3)        # never the current one, nor one that an owner keeps
 """
@@ -97,6 +98,20 @@ def current_snapshot(line: str) -> str | None:
         return str(artifacts.read_json(uri)["snapshot"])
     except (KeyError, TypeError, ValueError):
         raise ArtifactError(f"{uri} is damaged. Write it again with switch_snapshot.") from None
+
+
+def newer_state(uri: str) -> str | None:
+    """URI of the current state of a state's line, where that shows later commits of the table; else None.
+
+    Raises:
+        ArtifactError: the line's pointer, or one of the manifests, is missing or damaged.
+    """
+    line, _, snapshot_id = uri.rpartition("/")
+    current = current_snapshot(line)
+    if current is None or current == snapshot_id:
+        return None
+    newer = f"{line}/{current}"
+    return newer if read_manifest(newer)["delta_version"] > read_manifest(uri)["delta_version"] else None
 
 
 def switch_snapshot(line: str, snapshot_id: str) -> None:

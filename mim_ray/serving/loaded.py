@@ -159,13 +159,7 @@ class Loaded:
                 window=f"{served.center}/window",
                 encoder_version=model.encoder_version,
             )
-            if model.encoder_version is not None and (trained_on := model.info.get("snapshot")) is not None:
-                table, known = EmbeddingTable(f"{served.center}/table"), model.items.vocabulary
-                store.name(
-                    named_since(
-                        table, model.encoder_version, trained_on, lambda ids: np.asarray(known.encode(ids)) == 0
-                    )
-                )
+            store.name(newer_categories(served, model))
             rows = LocalRows(store)
             store.start(every_s=FOLLOW_EVERY_S)
         else:
@@ -191,3 +185,12 @@ class Loaded:
         found = self.rows.get(self.model.request("", ["", ""], ["", "a", "b"]))
         if not np.isfinite(self.model.predict(found.batch, found.tables)).all():
             raise ArtifactError(f"{self.served.ctr} gives probabilities that are no numbers. Train it again.")
+
+
+def newer_categories(served: Served, model: Ranker) -> dict[str, str]:
+    """Item id -> category of the items that came after the model, as their messages named them."""
+    trained_on = model.info.get("snapshot")
+    if model.encoder_version is None or trained_on is None:
+        return {}
+    table, known = EmbeddingTable(f"{served.center}/table"), model.items.vocabulary
+    return named_since(table, model.encoder_version, trained_on, lambda ids: np.asarray(known.encode(ids)) == 0)

@@ -7,22 +7,27 @@ Rankers with the same machines.state follow what the machines hold.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from mim_ray import artifacts
 from mim_ray.ciubm.export import load_ranker
-from mim_ray.ciubm.machine_export import networks_of, write_for_machines
+from mim_ray.ciubm.machine_export import NEWER_TABLE, networks_of, write_for_machines, write_newer_categories
 from mim_ray.config import Scenario
 from mim_ray.errors import ArtifactError, ConfigError
 from mim_ray.representation_center.machine_release import MachineRelease
 from mim_ray.representation_center.parameter_machines import ParameterMachines
 from mim_ray.representation_center.release import read_release
+from mim_ray.representation_center.snapshot_line import newer_state
+from mim_ray.serving.loaded import newer_categories
 from mim_ray.serving.served import Served
 
 
 def current_release(scenario: Scenario) -> MachineRelease:
-    """The release that was promoted last, as machines hold it. The model is opened and tried once, so that what rankers would
-    refuse never gets to the machines.
+    """The release that was promoted last, as machines hold it: on the newest state of its line of snapshots, which has the same
+    rows, so that they hold no more in memory than what came since. The model is opened and tried once, so that what rankers
+    would refuse never gets to the machines.
 
     Raises:
         ArtifactError: nothing was promoted, or something is missing or damaged. VersionMismatchError: versions differ.
@@ -36,6 +41,9 @@ def current_release(scenario: Scenario) -> MachineRelease:
         raise ArtifactError(f"{served.ctr} gives probabilities that are no numbers. Train it again.")
     state = artifacts.fingerprint([artifacts.source_fingerprint(uri) for uri in networks_of(served.ctr).values()])
     tables, dense = write_for_machines(served.ctr, f"{served.ctr}/machines/{state}")
+    newer = newer_categories(served, model)
+    tables[NEWER_TABLE] = write_newer_categories(f"{served.ctr}/machines/{NEWER_TABLE}", newer, model.items.categories)
+    release = replace(release, snapshot=newer_state(release.snapshot) or release.snapshot)
     return MachineRelease.of(served.center, release, id_tables=tables, dense=dense)
 
 

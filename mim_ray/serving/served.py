@@ -90,10 +90,11 @@ class Served:
                 "Load the current one with jobs/machines.py."
             )
         served = replace(cls._of_release(scenario, release), serial=serial)
-        if held.dense != networks_of(served.ctr) or held.tables[MM_TABLE].snapshot != release.snapshot:
+        line, held_line = (uri.rpartition("/")[0] for uri in (release.snapshot, held.tables[MM_TABLE].snapshot))
+        if held.dense != networks_of(served.ctr) or held_line != line:
             raise ArtifactError(
                 f"The parameter machines of {state} hold a release {release.number} of another model than {served.ctr} on "
-                f"{release.snapshot}. Load the current one with jobs/machines.py."
+                f"{line}. Load the current one with jobs/machines.py."
             )
         return served
 

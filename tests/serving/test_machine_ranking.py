@@ -22,10 +22,14 @@ from mim_ray import artifacts
 from mim_ray.config import Scenario
 from mim_ray.errors import ArtifactError, ConfigError
 from mim_ray.pipeline.machines import main
+from mim_ray.representation_center.build import build_snapshot
+from mim_ray.representation_center.machine_release import read_wanted
 from mim_ray.representation_center.parameter_client import ParameterClient
 from mim_ray.representation_center.parameter_machines import ParameterMachines
 from mim_ray.representation_center.snapshot import Snapshot
-from mim_ray.representation_center.updates import append_segment, segment_rows
+from mim_ray.representation_center.snapshot_line import current_snapshot
+from mim_ray.representation_center.table import EmbeddingTable
+from mim_ray.representation_center.updates import append_segment, fold, segment_rows
 from mim_ray.serving.machines import load_current
 from mim_ray.serving.messages import RankRequest, RankResponse
 from mim_ray.serving.promotion import promote_version
@@ -208,6 +212,44 @@ def test_machines_that_dropped_the_release_make_the_replica_switch_at_once(
         assert served.rank(ASK).release == number + 1
     finally:
         served.rollout.stop()
+
+
+def test_an_item_newer_than_the_model_keeps_its_category_when_the_machines_get_a_newer_snapshot(
+    on_machines: Any,
+) -> None:
+    scenario, _, _ = on_machines
+    root, center = artifacts.run_root(scenario), Served.of(scenario).center
+    table = EmbeddingTable(f"{center}/table")
+    (version,) = table.encoder_versions()
+    line = f"{center}/snapshots/{version}"
+    shutil.copytree(f"{root}/ctr/sim-mim", f"{root}/ctr/exact-mim", ignore=shutil.ignore_patterns("machines"))
+    info = artifacts.read_json(f"{root}/ctr/exact-mim/ctr.json")
+    trained_on = f"{line}/{current_snapshot(line)}"
+    artifacts.write_json(f"{root}/ctr/exact-mim/ctr.json", info | {"snapshot": trained_on})
+    new = {"a-mug": "mugs", "a-sock": "socks", "a-hat": "hats", "a-thing": None}
+    rows = segment_rows(
+        list(new),
+        np.ones((len(new), scenario.encoders.width), np.float32),
+        content_hashes=["0" * 32] * len(new),
+        content_at=[datetime.now(UTC)] * len(new),
+        categories=list(new.values()),
+    )
+    append_segment(f"{center}/window", rows, encoder_version=version)
+    promote_version(scenario, ctr="exact-mim")
+    load_current(scenario)
+    ask = RankRequest(user_id="u1", candidates=list(new))
+    before = scores(opened(scenario), ask)
+    assert before["a-mug"] != before["a-thing"] != before["a-sock"], "the category is seen"
+    assert before["a-hat"] == before["a-thing"], "the model knows no hats"
+    fold(f"{center}/window", table, keep_s=0)
+    build_snapshot(table, version, line)
+    machines = load_current(scenario)
+    held = read_wanted(str(scenario.machines.state))[1].tables["mm"].snapshot
+    assert held == f"{line}/{current_snapshot(line)}" != trained_on, "the newer state, without another promotion"
+    assert {where["overlay_items"]["mm"] for where in machines.status()} == {0}
+    service = opened(scenario)
+    assert scores(service, ask) == pytest.approx(before, abs=1e-7)
+    assert scores(local(scenario), ask) == pytest.approx(before, abs=1e-5)
 
 
 def test_what_does_not_fit_never_gets_to_the_machines(on_machines: Any) -> None:
