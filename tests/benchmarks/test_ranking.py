@@ -123,9 +123,10 @@ def test_a_server_that_does_not_start_is_missing_with_its_reason(
 ) -> None:
     servers = modules["ranking_servers"]
     reason = r"uvicorn-din-mim did not start: .*shop\.json"  # there is no run
-    with servers.Server.uvicorn(tmp_path, "din-mim", 1) as server, pytest.raises(servers.NotStartedError, match=reason):
+    with servers.Server.uvicorn(tmp_path, "din-mim", 1) as server:
         server.open()
-        server.wait()
+        with pytest.raises(servers.NotStartedError, match=reason):
+            server.wait()
 
 
 def test_a_server_is_ended_with_all_that_it_has_started(modules: dict[str, ModuleType], tmp_path: Path) -> None:

@@ -69,10 +69,21 @@ class Load:
         callers: of each kind and each of the two ways.
         client: the shipped one.
         picture: seed -> an encoded picture, sent with every fourth item.
+        key: an API key, of the bare requests.
     """
 
-    def __init__(self, url: str, name: str, *, callers: int, client: Client, picture: Callable[[int], bytes]) -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        *,
+        callers: int,
+        client: Client,
+        picture: Callable[[int], bytes],
+        key: str | None = None,
+    ) -> None:
         self.url, self.name = url, name
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self.calls: list[Call] = []
         self._client, self._picture = client, picture
         self._busy: dict[str, tuple[str, bool]] = {}
@@ -143,7 +154,7 @@ class Load:
         return item | ({"image": self._picture(number)} if number % 4 == 0 else {})
 
     def _bare(self, kind: str, body: Mapping[str, Any]) -> Call:
-        headers = {"Idempotency-Key": body["item_id"]} if kind == "events" else {}
+        headers = self._headers | ({"Idempotency-Key": body["item_id"]} if kind == "events" else {})
         sent = {key: plain(value) for key, value in body.items()}
         start = time.monotonic()
         try:
@@ -175,10 +186,10 @@ def plain(value: Any) -> Any:
     return base64.b64encode(value).decode() if isinstance(value, bytes) else value
 
 
-def processes(title: str) -> dict[int, psutil.Process]:
-    """By id, the processes below this one (the embedded Ray's) whose title begins so."""
+def processes(title: str, below: int | None = None) -> dict[int, psutil.Process]:
+    """By id, the processes below one (default: this one, for the embedded Ray's) whose title begins so."""
     found = {}
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(below).children(recursive=True):
         try:
             line = process.cmdline()
         except psutil.NoSuchProcess:
@@ -201,6 +212,41 @@ def kill(process: psutil.Process, when: Callable[[], bool]) -> Kill:
     orphans = psutil.wait_procs(children, timeout=30)[1]
     assert orphans == [], "it left processes behind"
     return Kill(process.pid, before, after)
+
+
+def kill_one(
+    title: str,
+    load: Load,
+    healthy: Callable[[], bool],
+    *,
+    kinds: Collection[str] = KINDS,
+    below: int | None = None,
+) -> Kill:
+    """Kill a process with this title while requests are under way, and wait until another has its place, and for answers."""
+    load.wait_for_more(10)
+    before = processes(title, below)
+    killed = kill(next(iter(before.values())), lambda: load.busy(kinds))
+    until(lambda: processes(title, below).keys() - before.keys(), "nothing takes its place")
+    until(healthy, "it does not come back")
+    back = time.monotonic()
+    load.wait_for_more(20)
+    assert killed.pid not in processes(title, below)
+    print(f"{title}: {killed.pid} of {list(before)} killed, now {list(processes(title, below))}")
+    print(f"healthy {back - killed.before:.1f} s later")
+    return killed
+
+
+def check_only_refused_until_back(load: Load, killed: Kill) -> None:
+    """By bare HTTP only what was in flight when the proxy died, and what came before another one knew the apps, has failed."""
+    failed = load.failures(shipped=False)
+    answered = [call for call in load.calls if not (call.failed or call.shipped) and call.start > killed.after]
+    up = min(call.end for call in answered)
+    print(f"away for {up - killed.before:.1f} s, {len(failed)} failed, {Counter(call.status for call in failed)}")
+    assert any(call.under_way_at(killed) for call in failed), "nothing was under way"
+    assert [call for call in failed if call.start < killed.before and not call.under_way_at(killed)] == []
+    assert [call for call in failed if call.start > up] == [], "it is back"
+    for call in failed:  # cut off, refused, or there is no app yet
+        assert call.status is None or (call.status == 404 and "/-/routes" in call.problem), call.problem
 
 
 def until(done: Callable[[], Any], otherwise: str, timeout_s: float = 300.0, *, every_s: float = 0.05) -> Any:

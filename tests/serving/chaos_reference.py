@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +12,15 @@ import numpy as np
 from mim_ray.config import Scenario
 from mim_ray.data.ids import hash_ids
 from mim_ray.representation_center.key_index import shard_of, string_array
+from mim_ray.representation_center.parameter_store import ParameterStore
 from mim_ray.serving.behavior_store import BehaviorStore
+from mim_ray.serving.client import Client
+from mim_ray.serving.events import read_events
 from mim_ray.serving.messages import RankRequest
 from mim_ray.serving.ranker import RankingService
 from mim_ray.serving.served import Served
+
+from .chaos_load import Load, until
 
 
 class Reference:
@@ -76,3 +82,32 @@ class Reference:
             prob = np.asarray(service.model.predict(asked.batch()))
             self._known[key] = dict(zip(body["candidates"], prob.tolist(), strict=True))
         return self._known[key]
+
+
+def check_answers(load: Load, reference: Reference, scenario: Scenario, client: Client) -> None:
+    """No answer is wrong, and all that was acknowledged is there."""
+    for call in load.acknowledged("rank"):
+        reference.check(call.body, call.answer, scenario.machines.shards)
+    served = Served.of(scenario)
+    items = [call.answer["items"][0] for call in load.acknowledged("items")]
+    ids = [item["item_id"] for item in items]
+    print(f"{sum(item['rankable'] for item in items)} of {len(items)} items were rankable when they were acknowledged")
+    store = ParameterStore(
+        served.snapshot,
+        table=f"{served.center}/table",
+        window=f"{served.center}/window",
+        encoder_version=served.encoder_version,
+    )
+    store.refresh()
+    found = store.multi_get(ids)[1]
+    assert found.all(), f"{(~found).sum()} acknowledged items are lost"
+    for begin in range(0, len(ids), 1_000):
+        some = ids[begin : begin + 1_000]
+        until(
+            lambda some=some: not any(item["no_content"] for item in client.rank("u1", some)["items"]),
+            "acknowledged items are ranked without content",
+        )
+    times = Counter(read_events(served.center)["event_id"].to_pylist())
+    acknowledged = [event_id for call in load.acknowledged("events") for event_id in call.answer["event_ids"]]
+    assert len(acknowledged) == len(set(acknowledged))
+    assert {times[event_id] for event_id in acknowledged} == {1}

@@ -131,6 +131,13 @@ def make_run(root: Path, encoder_folder: Path) -> SmallRun:
     return SmallRun(root, scenario)
 
 
+def add_impressions(root: Path) -> None:
+    """Two of the test split: where `serve_run` finds a user to rank for."""
+    impressions = {"user_id": ["u1", "u2"], "behaviors": [["i1", "i2"], ["i3"]]}
+    (root / "samples" / "impressions" / "test").mkdir(parents=True)
+    pq.write_table(pa.table(impressions), root / "samples" / "impressions" / "test" / "part-0.parquet")
+
+
 def write_model(uri: str, scenario: Scenario, ids: list[str], encoder_version: str, snapshot: str) -> None:
     """An untrained CTR model: the first 30 items and users u0..u4 are known by id."""
     settings = scenario.ciubm

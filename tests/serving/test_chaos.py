@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,18 +24,16 @@ from mim_ray import artifacts
 from mim_ray.config import Scenario
 from mim_ray.errors import ArtifactError
 from mim_ray.representation_center.parameter_machines import ParameterMachines
-from mim_ray.representation_center.parameter_store import ParameterStore
 from mim_ray.representation_center.release import promote, read_release
 from mim_ray.serving import local, new_item_app, ranker
 from mim_ray.serving.client import Client
-from mim_ray.serving.events import read_events
 from mim_ray.serving.machines import load_current
 from mim_ray.serving.promotion import promote_version
 from mim_ray.serving.served import Served
 
 from .chaos_damage import with_damaged_snapshot, with_nan, without_network
-from .chaos_load import KINDS, Kill, Load, kill, processes, until
-from .chaos_reference import Reference
+from .chaos_load import Load, check_only_refused_until_back, kill_one, processes, until
+from .chaos_reference import Reference, check_answers
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(900)]
 CALLERS = 2  # of each kind (rank, items, events) and way (bare HTTP, the client)
@@ -53,6 +50,7 @@ class Shop:
     scenario: Scenario
     machines: ParameterMachines
     reference: Reference
+    client: Client
     new_load: Callable[..., Load]
     version: str
 
@@ -105,57 +103,9 @@ def shop(ray_cluster: None, new_run: Any, picture: Any, tmp_path_factory: pytest
     def new_load(name: str, callers: int = CALLERS) -> Load:
         return Load(url, name, callers=callers, client=client, picture=picture)
 
-    yield Shop(url, scenario, fleet, reference, new_load, version)
+    yield Shop(url, scenario, fleet, reference, client, new_load, version)
     local.stop()
     fleet.stop()
-
-
-def check_answers(shop: Shop, load: Load) -> None:
-    """No answer is wrong, and all that was acknowledged is there."""
-    for call in load.acknowledged("rank"):
-        shop.reference.check(call.body, call.answer, shop.scenario.machines.shards)
-    center = Served.of(shop.scenario).center
-    items = [call.answer["items"][0] for call in load.acknowledged("items")]
-    ids = [item["item_id"] for item in items]
-    print(
-        f"{sum(item['rankable'] for item in items)} of {len(items)} items were on all machines when they were acknowledged"
-    )
-    encoder_version = Served.of(shop.scenario).encoder_version
-    store = ParameterStore(
-        Served.of(shop.scenario).snapshot,
-        table=f"{center}/table",
-        window=f"{center}/window",
-        encoder_version=encoder_version,
-    )
-    store.refresh()
-    found = store.multi_get(ids)[1]
-    assert found.all(), f"{(~found).sum()} acknowledged items are lost"
-    client = Client(shop.url, deadline_s=DEADLINE_S)
-    for begin in range(0, len(ids), 1_000):
-        some = ids[begin : begin + 1_000]
-        until(
-            lambda some=some: not any(item["no_content"] for item in client.rank("u1", some)["items"]),
-            "acknowledged items are ranked without content",
-        )
-    times = Counter(read_events(center)["event_id"].to_pylist())
-    acknowledged = [event_id for call in load.acknowledged("events") for event_id in call.answer["event_ids"]]
-    assert len(acknowledged) == len(set(acknowledged))
-    assert {times[event_id] for event_id in acknowledged} == {1}
-
-
-def kill_one(shop: Shop, title: str, load: Load, kinds: tuple[str, ...] = KINDS) -> Kill:
-    """Kill a process with this title while requests are under way, and wait until another has its place, and for answers."""
-    load.wait_for_more(10)
-    before = processes(title)
-    killed = kill(next(iter(before.values())), lambda: load.busy(kinds))
-    until(lambda: processes(title).keys() - before.keys(), "nothing takes its place")
-    until(shop.healthy, "it does not come back")
-    back = time.monotonic()
-    load.wait_for_more(20)
-    assert killed.pid not in processes(title)
-    print(f"{title}: {killed.pid} of {list(before)} killed, now {list(processes(title))}")
-    print(f"healthy {back - killed.before:.1f} s later")
-    return killed
 
 
 @pytest.mark.parametrize(
@@ -170,7 +120,7 @@ def test_a_killed_replica_costs_what_it_had_in_work_and_the_client_nothing(
     shop: Shop, title: str, kinds: tuple[str, ...], most: int
 ) -> None:
     with shop.new_load(f"replica-{kinds[0]}", most) as load:  # more callers than it takes at once
-        killed = kill_one(shop, title, load, kinds)
+        killed = kill_one(title, load, shop.healthy, kinds=kinds)
     print(load.told())
     under_way = [call for call in load.calls if call.kind in kinds and call.under_way_at(killed)]
     assert under_way, "nothing was under way"
@@ -178,16 +128,16 @@ def test_a_killed_replica_costs_what_it_had_in_work_and_the_client_nothing(
     assert [call for call in failed if call not in under_way] == []
     assert len(failed) <= most
     assert load.failures(shipped=True) == []
-    check_answers(shop, load)
+    check_answers(load, shop.reference, shop.scenario, shop.client)
 
 
 def test_a_killed_parameter_machine_costs_nothing(shop: Shop) -> None:
     with shop.new_load("machine") as load:
-        kill_one(shop, MACHINE, load)
+        kill_one(MACHINE, load, shop.healthy)
     print(load.told())
     assert [call for call in load.calls if call.failed] == []
     assert {tuple(call.answer["degraded"]) for call in load.acknowledged("rank")} == {()}
-    check_answers(shop, load)
+    check_answers(load, shop.reference, shop.scenario, shop.client)
 
 
 def test_while_both_machines_of_a_shard_are_away_answers_are_id_only_and_say_so(shop: Shop) -> None:
@@ -213,24 +163,16 @@ def test_while_both_machines_of_a_shard_are_away_answers_are_id_only_and_say_so(
     print(load.told(), dict(degraded))
     assert [call for call in load.calls if call.failed] == []
     assert degraded[("content", "tables")] > 0
-    check_answers(shop, load)
+    check_answers(load, shop.reference, shop.scenario, shop.client)
 
 
 def test_a_killed_proxy_refuses_until_another_listens_and_the_client_waits_for_it(shop: Shop) -> None:
     with shop.new_load("proxy") as load:
-        killed = kill_one(shop, PROXY, load)
+        killed = kill_one(PROXY, load, shop.healthy)
     print(load.told())
-    failed = load.failures(shipped=False)
-    answered = [call for call in load.calls if not (call.failed or call.shipped) and call.start > killed.after]
-    up = min(call.end for call in answered)
-    print(f"away for {up - killed.before:.1f} s, {len(failed)} failed, {Counter(call.status for call in failed)}")
-    assert any(call.under_way_at(killed) for call in failed), "nothing was under way"
-    assert [call for call in failed if call.start < killed.before and not call.under_way_at(killed)] == []
-    assert [call for call in failed if call.start > up] == [], "it is back"
-    for call in failed:  # cut off, refused, or there is no app yet
-        assert call.status is None or (call.status == 404 and "/-/routes" in call.problem), call.problem
+    check_only_refused_until_back(load, killed)
     assert load.failures(shipped=True) == []
-    check_answers(shop, load)
+    check_answers(load, shop.reference, shop.scenario, shop.client)
 
 
 def test_releases_are_rolled_out_and_back_and_no_request_fails(shop: Shop) -> None:
@@ -250,7 +192,7 @@ def test_releases_are_rolled_out_and_back_and_no_request_fails(shop: Shop) -> No
     assert of_each[0] != pytest.approx(of_each[1], abs=1e-2), "they could not be told apart"
     assert [call for call in load.calls if call.failed] == []
     assert {call.answer["model_version"] for call in load.acknowledged("rank")} == set(versions)
-    check_answers(shop, load)
+    check_answers(load, shop.reference, shop.scenario, shop.client)
 
 
 def test_a_new_deployment_takes_over_and_no_request_fails(shop: Shop) -> None:
@@ -265,7 +207,7 @@ def test_a_new_deployment_takes_over_and_no_request_fails(shop: Shop) -> None:
         load.wait_for_more(20)
     print(load.told())
     assert [call for call in load.calls if call.failed] == []
-    check_answers(shop, load)
+    check_answers(load, shop.reference, shop.scenario, shop.client)
 
 
 @pytest.mark.parametrize("damage", [without_network, with_nan, with_damaged_snapshot])
@@ -288,4 +230,4 @@ def test_a_release_that_cannot_be_served_is_refused_and_the_one_before_goes_on(
     print(load.told(), refused.value)
     assert [call for call in load.calls if call.failed] == []
     assert {call.answer["model_version"] for call in load.acknowledged("rank")} == {shop.version}
-    check_answers(shop, load)
+    check_answers(load, shop.reference, shop.scenario, shop.client)

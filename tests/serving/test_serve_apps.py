@@ -14,8 +14,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import ray
 import requests
@@ -37,6 +35,8 @@ from mim_ray.serving.metrics import Metrics, counted
 from mim_ray.serving.metrics_hub import Reporter, add_metrics_routes
 from mim_ray.serving.ranking_app import RankingReplica
 from mim_ray.serving.served import Served
+
+from .conftest import add_impressions
 
 pytestmark = pytest.mark.ray
 
@@ -252,9 +252,7 @@ def test_what_a_killed_replica_had_counted_stays_in_the_sum(counting, url):
 
 
 def test_the_printed_requests_work_when_pasted(url, shared_run, tmp_path):
-    impressions = {"user_id": ["u1", "u2"], "behaviors": [["i1", "i2"], ["i3"]]}
-    (shared_run.root / "samples" / "impressions" / "test").mkdir(parents=True)
-    pq.write_table(pa.table(impressions), shared_run.root / "samples" / "impressions" / "test" / "part-0.parquet")
+    add_impressions(shared_run.root)
     layout = Layout.of(shared_run.scenario)
     answers = []
     for request in requests_to_try(shared_run.scenario, layout, url, tmp_path):
