@@ -77,9 +77,15 @@ class Volume(Strict):
     secret: Secret
 
 
+class Variable(Strict):
+    name: str
+    value: str
+
+
 class Container(Strict):
     name: str
     image: str
+    env: list[Variable] = []
     volumeMounts: list[VolumeMount] = []
     securityContext: ContainerSecurity
     resources: Resources
@@ -276,6 +282,16 @@ def test_pods_that_others_reach_have_the_keys_that_the_apps_ask_for(service):
             (container,) = pod.spec.containers
             mounted = {mount.mountPath: mount.name for mount in container.volumeMounts}
             assert mounted[str(keys.parent)] in {volume.name for volume in pod.spec.volumes}
+
+
+def test_the_service_is_on_the_fast_path_and_the_page_says_how(service):
+    for pod in service.spec.rayClusterConfig.pods:
+        (container,) = pod.spec.containers
+        asked = {variable.name: variable.value for variable in container.env}
+        assert asked == {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+        assert all(hasattr(constants, name) for name in asked), "Ray Serve knows it no more"
+    line = " ".join(f"{name}={value}" for name, value in asked.items())
+    assert f"export {line}\n" in (ROOT / "docs" / "cluster.md").read_text()
 
 
 def test_the_local_configuration_listens_on_this_machine_only():
