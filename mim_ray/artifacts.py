@@ -24,6 +24,7 @@ import pyarrow.fs as pafs
 
 from mim_ray.config import Scenario
 from mim_ray.errors import ArtifactError, ConfigError
+from mim_ray.local_cache import cache_folder, drop_unused, note_use
 from mim_ray.object_store import check_uri, s3_filesystem, storage_errors
 
 if TYPE_CHECKING:  # torch is imported where tensors are read or written: data tasks start in half the time without it
@@ -300,7 +301,7 @@ def local_copy(uri: str) -> Path:
     path = local_path(uri)
     if path is not None:
         return path
-    cache = Path(os.environ.get("MIM_RAY_CACHE", Path.home() / ".cache" / "mim_ray")) / source_fingerprint(uri)
+    cache = cache_folder() / "copies" / source_fingerprint(uri)
     files = list_files(uri)
     names = [file[len(uri) :].lstrip("/") or uri.rpartition("/")[2] for file in files]
     if not cache.exists():
@@ -311,6 +312,8 @@ def local_copy(uri: str) -> Path:
             partial.rename(cache)
         except OSError:  # another process was first
             shutil.rmtree(partial)
+        drop_unused(cache.parent.iterdir())
+    note_use(cache)
     return cache / names[0] if files == [uri] else cache
 
 

@@ -13,7 +13,6 @@ on different nodes where there are several.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mim_ray import artifacts
 from mim_ray.config.scenario import ParameterMachines as Settings
 from mim_ray.errors import ConfigError, MimRayError, UnavailableError
+from mim_ray.local_cache import cache_folder
 from mim_ray.representation_center.machine_calls import NAMESPACE, actor_name
 from mim_ray.representation_center.machine_release import (
     MachineRelease,
@@ -50,9 +50,7 @@ class MachineActor:
     """`ParameterMachine` as an actor: lookups, pushes and changes of release do not wait for each other."""
 
     def __init__(self, state: str, shard: tuple[int, int], replica: int, settings: Settings) -> None:
-        base = Path(os.environ.get("MIM_RAY_CACHE", Path.home() / ".cache" / "mim_ray")) / "machines"
-        if settings.folder is not None:
-            base = Path(settings.folder)
+        base = cache_folder() / "machines" if settings.folder is None else Path(settings.folder)
         actor_id = ray.get_runtime_context().get_actor_id()  # stays the same when Ray restarts the actor
         name = f"{actor_name(state, shard[0], replica)}-{actor_id}"
         self._machine = ParameterMachine(state, shard, base / name, settings)

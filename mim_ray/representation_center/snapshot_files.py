@@ -30,6 +30,7 @@ import numpy as np
 
 from mim_ray import artifacts
 from mim_ray.errors import ArtifactError
+from mim_ray.local_cache import cache_folder, drop_unused, note_use
 from mim_ray.object_store import storage_errors
 
 FORMAT = 2
@@ -251,18 +252,22 @@ class SnapshotFiles:
             Path(partial).unlink(missing_ok=True)
 
     def _cache(self) -> Path:
-        root = Path(os.environ.get("MIM_RAY_CACHE", Path.home() / ".cache" / "mim_ray")) / "snapshots"
+        root = cache_folder() / "snapshots"
         line, _, state = self.uri.rpartition("/")
         return root / hashlib.sha256(line.encode()).hexdigest()[:16] / state
 
     def tidy_cache(self) -> None:
-        """Note that this state was used, and drop the states of its line that were not among the last ones used."""
+        """Note that this state was used, and drop the states of its line that were not among the last ones used, and the lines
+        that nobody uses any more."""
         if self._local is not None or not self._cache().is_dir():
             return
-        os.utime(self._cache())
-        states = sorted(self._cache().parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+        line = self._cache().parent
+        note_use(self._cache())
+        note_use(line)
+        states = sorted(line.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
         for old in states[CACHED_STATES:]:
             shutil.rmtree(old, ignore_errors=True)  # who has it mapped keeps it
+        drop_unused(line.parent.iterdir())
 
 
 def upload(folder: Path, uri: str) -> None:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from mim_ray import artifacts
 from mim_ray.data.schema import TIME
 from mim_ray.errors import ArtifactError
+from mim_ray.local_cache import cache_folder, drop_unused, note_use
 
 _SCHEMA = pa.schema(
     [
@@ -52,12 +53,14 @@ class BehaviorStore:
                 f"{uri} is not there, so no user's behaviors are known. Run jobs/build_samples.py first."
             )
         store, source = artifacts.fingerprint(uri)[:16], artifacts.source_fingerprint(uri)
-        path = _cache_folder() / f"behaviors-{store}-{artifacts.fingerprint(source, _SCHEMA.names)}.arrow"
+        path = cache_folder() / f"behaviors-{store}-{artifacts.fingerprint(source, _SCHEMA.names)}.arrow"
         if not path.exists():
             _write_sorted(_read(uri), path)
             others = [other for other in path.parent.glob(f"behaviors-{store}-*.arrow") if other != path]
             for old in sorted(others, key=_written_at)[:-1]:  # who has them mapped keeps them
                 old.unlink(missing_ok=True)
+            drop_unused(path.parent.glob("behaviors-*.arrow"))  # of other runs
+        note_use(path)
         with pa.memory_map(str(path)) as file:
             return cls(pa.ipc.open_file(file).read_all())
 
@@ -122,7 +125,3 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     if column.num_chunks == 0:
         return pa.array([], type=column.type)
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("MIM_RAY_CACHE", Path.home() / ".cache" / "mim_ray"))

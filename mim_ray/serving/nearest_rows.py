@@ -25,6 +25,7 @@ import numpy as np
 
 from mim_ray import artifacts
 from mim_ray.errors import ConfigError
+from mim_ray.local_cache import cache_folder, drop_unused, note_use
 from mim_ray.representation_center.snapshot import Snapshot
 
 logger = logging.getLogger("ray.serve")
@@ -65,7 +66,7 @@ class NearestRows:
             ConfigError: FAISS is not installed.
         """
         faiss = _faiss()
-        folder = folder or Path(os.environ.get("MIM_RAY_CACHE", Path.home() / ".cache" / "mim_ray")) / "nearest"
+        folder = folder or cache_folder() / "nearest"
         folder.mkdir(parents=True, exist_ok=True)
         line = artifacts.fingerprint(snapshot.line, FORMAT, faiss.__version__, exact_rows, recall)[:16]
         path = folder / f"{line}-{snapshot.snapshot_id}.faiss"
@@ -79,6 +80,9 @@ class NearestRows:
                 for old in others[: 1 - KEPT_INDEXES]:
                     old.with_suffix(".json").unlink(missing_ok=True)
                     old.unlink(missing_ok=True)
+                drop_unused(folder.glob("*.*"))  # of other lines
+            for used in (path, path.with_suffix(".json"), Path(lock.name)):
+                note_use(used)
             described = json.loads(path.with_suffix(".json").read_text())
             flag = faiss.IO_FLAG_MMAP if described["num_lists_read"] else faiss.IO_FLAG_MMAP_IFC
             index, num_bytes = faiss.read_index(str(path), flag), path.stat().st_size

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from mim_ray import artifacts
-from mim_ray.ciubm.machine_export import MM_TABLE, networks_of
+from mim_ray.ciubm.machine_export import MM_TABLE, NEWER_TABLE, networks_of
 from mim_ray.config import Scenario, load_scenario
 from mim_ray.config.scenario import ENCODER_FOLDERS, Arm
 from mim_ray.errors import ArtifactError, ConfigError
@@ -91,7 +91,7 @@ class Served:
             )
         served = replace(cls._of_release(scenario, release), serial=serial)
         line, held_line = (uri.rpartition("/")[0] for uri in (release.snapshot, held.tables[MM_TABLE].snapshot))
-        if held.dense != networks_of(served.ctr) or held_line != line:
+        if held.dense != networks_of(served.ctr) or held_line != line or NEWER_TABLE not in held.tables:
             raise ArtifactError(
                 f"The parameter machines of {state} hold a release {release.number} of another model than {served.ctr} on "
                 f"{line}. Load the current one with jobs/machines.py."
