@@ -5,10 +5,10 @@
     client.events([{"user_id": "u17", "item_id": "i1", "event": "click", "request_id": answer["request_id"]}])
 
 Standard library only. Thread-safe: each thread has a connection of its own, which stays open. What is tried again, once: a
-connection that breaks, 5xx answers and 408. Asking twice is harmless: rankings change nothing, events carry an Idempotency-Key,
-the same item's content is encoded once. A request that nobody took, because connections are refused or the proxy has just
-started and knows no app yet, is no try: it is offered until the deadline. So a proxy that dies and comes back in time costs
-nothing but that time.
+connection that breaks, 5xx answers and 408, these after Retry-After or half of the time that is left, whichever is shorter.
+Asking twice is harmless: rankings change nothing, events carry an Idempotency-Key, the same item's content is encoded once.
+A request that nobody took, because connections are refused or the proxy has just started and knows no app yet, is no try: it
+is offered until the deadline. So a proxy that dies and comes back in time costs nothing but that time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import errno
 import http.client
 import json
 import random
-import socket
 import ssl
 import threading
 import time
@@ -30,6 +29,7 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from mim_ray.errors import ConfigError, RequestError, UnavailableError
+from mim_ray.serving.timed_connection import TimedConnection
 
 MAX_ANSWER_BYTES = 64 * 2**20
 BACKOFF_S = 0.02  # before the second try, where the server names no time
@@ -44,7 +44,8 @@ class Client:
     """
     Args:
         base_url: of both apps, such as https://ranking.shop. key: an API key.
-        deadline_s: in which a call answers or raises, the retry and the waiting for a server included.
+        deadline_s: in which a call answers or raises, the retry and the waiting for a server included; only resolving the
+            host's name, which the standard library cannot end, may take longer.
 
     Raises:
         ConfigError: the URL is none.
@@ -143,8 +144,9 @@ class Client:
             if status < 500 and status != _TOO_SLOW:
                 return _answer(status, answer)
             problem = f"{status}: {_sentence(answer)}"
-            named = _retry_after(answer_headers.get("Retry-After")) if tries == 0 else None
-            tries, wait_s = tries + 1, _backoff_s(0) if named is None else named
+            named = _retry_after(answer_headers.get("Retry-After"))
+            half_s = (deadline - time.monotonic()) / 2  # the other half is for the second try
+            tries, wait_s = tries + 1, _backoff_s(0) if named is None else max(0.0, min(named, half_s))
         raise UnavailableError(
             f"{method} {path.partition('?')[0].split('/similar/')[0]} of {self._host} was not answered within "
             f"{self._deadline_s:g} s ({problem or 'no time was left'}). Try again, or go on without."
@@ -160,20 +162,14 @@ class Client:
                 return self._on(connection, method, path, content, headers, deadline)
             except _STALE:
                 self.close()
-        connection = self._connected(deadline)
-        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._of_thread.connection = connection
+        connection = self._of_thread.connection = self._connected(deadline)
         return self._on(connection, method, path, content, headers, deadline)
 
-    def _connected(self, deadline: float) -> http.client.HTTPConnection:
+    def _connected(self, deadline: float) -> TimedConnection:
         """A new connection. Where nobody listens: as soon as somebody does."""
         offers = 0
         while True:
-            timeout = _left(deadline)
-            if self._tls is None:
-                connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout)
-            else:
-                connection = http.client.HTTPSConnection(self._host, self._port, timeout=timeout, context=self._tls)
+            connection = TimedConnection(self._host, self._port, self._tls, deadline)
             try:
                 connection.connect()
                 return connection
@@ -188,21 +184,18 @@ class Client:
 
     def _on(
         self,
-        connection: http.client.HTTPConnection,
+        connection: TimedConnection,
         method: str,
         path: str,
         content: bytes | None,
         headers: dict[str, str],
         deadline: float,
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        sock = connection.sock
-        sock.settimeout(_left(deadline))
+        connection.deadline = deadline
         connection.request(method, self._prefix + path, content, headers)
-        sock.settimeout(_left(deadline))
         response = connection.getresponse()
         parts, num_bytes = [], 0
         while not response.isclosed() and response.length != 0:
-            sock.settimeout(_left(deadline))  # also where the answer comes drop by drop
             part = response.read1(2**16)
             if not part:
                 break
@@ -221,13 +214,6 @@ class Client:
 def _backoff_s(offers: int) -> float:
     """Before the next offer, after so many that nobody took."""
     return float(min(BACKOFF_S * 2 ** min(offers, 10), MOST_BACKOFF_S) * random.uniform(0.5, 1.5))
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("the deadline is over")
-    return left
 
 
 def _answer(status: int, content: bytes) -> dict[str, Any]:

@@ -194,11 +194,24 @@ def test_retry_after_is_honoured(server, text):
     assert len(server.seen) == 2
 
 
-def test_a_retry_after_the_deadline_is_not_waited_for(server, client):
-    server.plan = [BUSY | {"headers": {"Retry-After": "3600"}}]
-    with pytest.raises(UnavailableError, match="The queue is full"):
-        client.rank("u", ["i"])
-    assert len(server.seen) == 1
+@pytest.mark.parametrize(("named", "at_most_s"), [("0.25", 0.25), ("1", 1.0), ("3600", 30.0), ("inf", 30.0)])
+def test_a_retry_after_is_waited_for_but_no_longer_than_half_of_what_is_left(server, monkeypatch, named, at_most_s):
+    client = Client(f"http://127.0.0.1:{server.port}", deadline_s=60)
+    waited = []
+    monkeypatch.setattr("mim_ray.serving.client.time.sleep", waited.append)
+    server.plan = [BUSY | {"headers": {"Retry-After": named}}]
+    assert client.rank("u", ["i"]) == {"fine": True}
+    assert len(server.seen) == 2
+    before, between = waited
+    assert before == 0.0
+    assert at_most_s * 0.5 < between <= at_most_s
+
+
+def test_a_queue_that_stays_full_is_told_after_one_retry(server):
+    server.plan = [BUSY | {"headers": {"Retry-After": "1"}}] * 3
+    with pytest.raises(UnavailableError, match=r"within 0\.5 s \(503: The queue is full\.\)"):
+        Client(f"http://127.0.0.1:{server.port}", deadline_s=0.5).rank("u", ["i"])
+    assert len(server.seen) == 2
 
 
 def test_a_retry_after_that_is_nonsense_is_none(server, client):

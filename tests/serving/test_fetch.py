@@ -3,7 +3,6 @@ and TLS servers are real ones on loopback."""
 
 from __future__ import annotations
 
-import datetime
 import http.server
 import socket
 import ssl
@@ -12,9 +11,6 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from mim_ray.errors import ConfigError, RequestError
 from mim_ray.serving.decoding import TimeLeft
@@ -308,25 +304,6 @@ def test_no_time_left_means_no_connection(server):
     border = Border(server)
     refusal(fetcher(border), "http://cdn.example/shop/a.png", seconds=-1.0)
     assert border.connected == []
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory) -> str:
-    """Of cdn.example, signed by itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "cdn.example")])
-    now = datetime.datetime.now(datetime.UTC)
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    builder = builder.serial_number(1).not_valid_before(now - datetime.timedelta(days=1))
-    builder = builder.not_valid_after(now + datetime.timedelta(days=1))
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("cdn.example")]), critical=False)
-    signed = builder.sign(key, hashes.SHA256())
-    path = tmp_path_factory.mktemp("tls") / "cdn.pem"
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    path.write_bytes(private + signed.public_bytes(serialization.Encoding.PEM))
-    return str(path)
 
 
 def test_tls_checks_the_name_and_not_the_address(certificate):
