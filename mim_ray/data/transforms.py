@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Resize = Literal["shortest", "longest", "squash"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-"""Of an animated file the first frame counts."""
+"""Of an animated file, and of several pictures in a JPEG (MPO), the first counts."""
 MAX_JPEG_SCANS = 500
 """A progressive picture has about ten; a file of 8 MB can hold 100,000, each of which goes over all pixels."""
 
@@ -65,7 +65,7 @@ def decode_image(
     """
     try:
         image = _open(data, max_bytes, max_pixels)
-        if image.format == "JPEG":
+        if _is_jpeg(image):
             scale = _scaled_side(picture)
             image.draft("RGB", (scale, scale))  # decodes at 1/2, 1/4 or 1/8 where that is still large enough
         image = _rgb(ImageOps.exif_transpose(image))
@@ -99,7 +99,7 @@ def check_image(data: bytes, max_bytes: int = 8_000_000, max_pixels: int = 50_00
     """Raise BadImage unless the picture can be decoded to the end."""
     try:
         image = _open(data, max_bytes, max_pixels)
-        if image.format == "JPEG":
+        if _is_jpeg(image):
             image.draft("RGB", (64, 64))
         image.load()
     except _DECODE_ERRORS as error:
@@ -187,9 +187,13 @@ def _open(data: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
         raise BadImage("image too large", f"the header names far more pixels than the limit of {max_pixels}") from None
     if image.width * image.height > max_pixels:
         raise BadImage("image too large", f"{image.width} x {image.height} pixels, the limit is {max_pixels}")
-    if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
+    if _is_jpeg(image) and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
         raise BadImage("image corrupt", f"a JPEG of more than {MAX_JPEG_SCANS} scans")
     return image
+
+
+def _is_jpeg(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO")  # MPO: a JPEG that has an index of more pictures behind it
 
 
 def _square(image: Image.Image, picture: PictureFormat) -> Image.Image:

@@ -82,6 +82,18 @@ def many_scans(side: int, num_scans: int) -> bytes:
     return data[:-2] + scan * num_scans + b"\xff\xd9"
 
 
+def several(data: bytes) -> bytes:
+    """The JPEG `data` with a blue one behind it and an index of both: Pillow calls it MPO, as it does photos of many phones."""
+    pair = encoded(
+        Image.new("RGB", (8, 8), RED), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")]
+    )
+    start = pair.index(b"\xff\xe2")  # the index, APP2
+    index = pair[start : start + 2 + int.from_bytes(pair[start + 2 : start + 4])]
+    made = data[:2] + index + data[2:] + pair[pair.index(b"\xff\xd9\xff\xd8") + 2 :]
+    assert Image.open(io.BytesIO(made)).format == "MPO"
+    return made
+
+
 GOOD = {
     "JPEG": (encoded(Image.new("RGB", (8, 8), RED), "JPEG"), RED),
     "PNG": (encoded(Image.new("RGB", (8, 8), RED), "PNG"), RED),
@@ -90,6 +102,7 @@ GOOD = {
     "first frame of a GIF": (animated("GIF"), RED),
     "first frame of a PNG": (animated("PNG"), RED),
     "first frame of a WebP": (animated("WEBP"), RED),
+    "first picture of several in a JPEG": (several(encoded(Image.new("RGB", (8, 8), RED), "JPEG")), RED),
     "CMYK": (encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), RED),
     "16 bits of grey": (encoded(Image.fromarray(np.full((8, 8), 100 << 8, np.uint16)), "PNG"), (100,) * 3),
     "palette, transparent": (encoded(palette(), "PNG", transparency=0), WHITE),
@@ -131,6 +144,7 @@ BAD = {
         "image corrupt",
     ),
     "too many scans": (many_scans(64, 1_000), "image corrupt"),
+    "too many scans in the first of several": (several(many_scans(64, 1_000)), "image corrupt"),
 }
 
 
@@ -151,6 +165,14 @@ def test_what_is_no_usable_picture_is_refused_with_a_reason(decoder, name):
     assert len(refused.value.detail) < 200
     good, _ = GOOD["PNG"]
     assert decoder.decode(good, SMALL, TimeLeft(60.0)).shape == (3, 8, 8)
+
+
+def test_a_jpeg_of_several_pictures_costs_and_becomes_what_its_first_alone_does(decoder):
+    alone = encoded(
+        Image.effect_noise((800, 600), 90).convert("RGB"), "JPEG"
+    )  # pixels tell at what scale it was decoded
+    pixels = decoder.decode(several(alone), SMALL, TimeLeft(60.0))
+    np.testing.assert_array_equal(pixels, decode_image(alone, SMALL))
 
 
 def test_a_picture_that_takes_too_long_ends_its_process_and_nothing_else(decoder):
