@@ -8,7 +8,7 @@
     ├── StorageError           an object store cannot be reached, refuses, or lacks what commits need
     ├── TrainingError          training cannot go on
     │   └── NonFiniteLossError     the loss became NaN or infinite; the optimizer did not move
-    ├── UnavailableError       parameter machines did not answer in time
+    ├── UnavailableError       parameter machines, or another part that answers, did not do so in time
     │   └── ReleaseGoneError       they hold another release by now than the one asked for
     └── RequestError           an HTTP request that cannot be answered (carries the 4xx status)
 

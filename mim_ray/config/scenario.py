@@ -556,7 +556,8 @@ class Serving(Section):
     max_queued_new_items: Positive = 200
     """The same of requests to /v1/items."""
     decode_timeout_s: PositiveFloat = 10.0
-    """Pictures of one request that take longer to decode, all together, are refused, and their decoder is ended."""
+    """Pictures of one request that take longer to decode, all together, are refused, and their decoder is ended. As long the
+    request waits for its turn while pictures of others are decoded; then 503."""
     image_url_prefixes: tuple[str, ...] = ()
     """What an item's image_url may begin with: https://images.example.com/shop/. Default: no URL is fetched."""
     image_url_timeout_s: PositiveFloat = 10.0

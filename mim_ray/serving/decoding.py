@@ -15,7 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
@@ -23,6 +25,7 @@ from typing import IO
 import numpy as np
 
 from mim_ray.data.transforms import BadImage, PictureFormat
+from mim_ray.errors import UnavailableError
 
 logger = logging.getLogger("ray.serve")
 START_TIMEOUT_S = 60.0
@@ -31,10 +34,14 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass
 class TimeLeft:
-    """What one request may still spend on its pictures. Waiting for another request's pictures
-    does not count."""
+    """What one request may still spend on its pictures, and as much again on waiting for the pictures of others: so that
+    theirs never make its own too slow, nor hold it for long."""
 
     seconds: float
+    waiting_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.waiting_s = self.seconds
 
 
 class ImageDecoder:
@@ -61,12 +68,12 @@ class ImageDecoder:
         """As data.transforms.decode_image: (3, S, S) uint8. Takes the time it needs from `left`.
 
         Raises:
-            BadImage: as there; and "image too slow".
+            BadImage: as there; and "image too slow". UnavailableError: the pictures of others took all the time to wait.
         """
         if len(data) > self._max_bytes:
             raise BadImage("image too large", f"{len(data)} bytes, the limit is {self._max_bytes}")
         header = {"picture": asdict(picture), "max_bytes": self._max_bytes, "max_pixels": self._max_pixels}
-        with self._lock:
+        with self._turn(left):
             process = self._running()
             start = time.monotonic()
             reply, late = _ask(process, header, data, left.seconds)
@@ -89,6 +96,18 @@ class ImageDecoder:
             self._process.kill()
             self._process.communicate()
             self._process = None
+
+    @contextmanager
+    def _turn(self, left: TimeLeft) -> Iterator[None]:
+        start = time.monotonic()
+        taken = self._lock.acquire(timeout=max(0.0, left.waiting_s))
+        left.waiting_s -= time.monotonic() - start
+        if not taken:
+            raise UnavailableError("Other pictures keep the image decoder busy. Send this one again.")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:

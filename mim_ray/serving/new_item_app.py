@@ -18,7 +18,7 @@ from mim_ray import artifacts
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import Data, ParameterMachines, Serving
 from mim_ray.encoders.item_encoder import load_for_tables
-from mim_ray.errors import RequestError
+from mim_ray.errors import RequestError, UnavailableError
 from mim_ray.representation_center.new_items import Push
 from mim_ray.representation_center.parameter_client import ParameterClient
 from mim_ray.representation_center.release import check_versions
@@ -112,12 +112,14 @@ class NewItemReplica:
         if "_reporter" in vars(self):
             self._reporter.stop()
 
-    async def embed_query(self, image: bytes | None, title: str | None) -> tuple[np.ndarray, str] | RequestError:
+    async def embed_query(
+        self, image: bytes | None, title: str | None
+    ) -> tuple[np.ndarray, str] | RequestError | UnavailableError:
         """For the ranking app's /v1/search/image: the query's vector (D,) and this encoder's version, or why it has none."""
         current = self._encoder.rollout.current
         try:
             vector = await run_in_threadpool(current.queries.embed, image, title)
-        except RequestError as error:  # raised, Serve would log it as a fault of ours
+        except (RequestError, UnavailableError) as error:  # raised, Serve would log it as a fault of ours
             return error
         return vector, current.items.encoder_version
 

@@ -97,7 +97,7 @@ class NewItemEncoder:
 
         Raises:
             RequestError: a picture that cannot be used, an item without content, an id twice, a time in the future.
-            VersionMismatchError: this encoder is not the release's.
+            VersionMismatchError: this encoder is not the release's. UnavailableError: the pictures of others are decoded.
         """
         self.check_release()
         now = datetime.now(UTC)

@@ -51,6 +51,7 @@ class Pictures:
 
         Raises:
             RequestError: (422) the picture cannot be fetched or used; `place` is the item's in the request.
+            UnavailableError: the decoder is busy with the pictures of others.
         """
         image = item.image or None
         if item.image_url is not None:

@@ -24,7 +24,7 @@ class QueryEncoder:
         text; of both together the h^MM of an item that looks and is called so.
 
         Raises:
-            RequestError: (422) neither of them, or a picture that cannot be used.
+            RequestError: (422) neither of them, or a picture that cannot be used. UnavailableError: as of ImageDecoder.decode.
         """
         size, limits = self._encoder.image_size, self._limits
         text = clean_title(title, limits.max_title_chars)

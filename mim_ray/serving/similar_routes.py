@@ -115,7 +115,8 @@ def add_similar_routes(app: FastAPI, similar: SimilarItems | None, embed: Embed 
 def encoder_app(name: str = ENCODER_APP, deadline_s: float = ENCODER_DEADLINE_S) -> Embed:
     """Asks the Serve application `name`, whose ingress has `embed_query`.
 
-    The function raises RequestError for a picture that cannot be used, and UnavailableError where nobody answers.
+    The function raises RequestError for a picture that cannot be used, and UnavailableError where nobody answers or the
+    decoder of pictures is busy.
     """
     handles: list[Any] = []
 
@@ -129,7 +130,7 @@ def encoder_app(name: str = ENCODER_APP, deadline_s: float = ENCODER_DEADLINE_S)
             raise UnavailableError(
                 "The new-item encoder, which reads pictures and texts to search with, does not answer. Try again."
             ) from None
-        if isinstance(answer, RequestError):
+        if isinstance(answer, RequestError | UnavailableError):
             raise answer
         return answer
 

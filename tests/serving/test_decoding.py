@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import struct
+import threading
 import zipfile
 import zlib
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from PIL import Image
+from starlette.testclient import TestClient
 
+from mim_ray.config.scenario import Data, Serving
 from mim_ray.data.transforms import BadImage, PictureFormat, decode_image
+from mim_ray.errors import UnavailableError
 from mim_ray.serving.decoding import ImageDecoder, TimeLeft
+from mim_ray.serving.limits import guarded
+from mim_ray.serving.messages import NewItem
+from mim_ray.serving.pictures import Pictures
 
 MAX_BYTES, MAX_PIXELS = 1_000_000, 20_000_000
 SMALL = PictureFormat(8, "squash")
@@ -195,6 +204,46 @@ def test_time_is_counted_over_the_pictures_of_a_request(decoder):
         before = left.seconds
         decoder.decode(many_scans(1_000, 20), SMALL, left)
         assert left.seconds < before
+
+
+def test_who_waits_too_long_for_the_pictures_of_others_is_told_to_come_back(decoder):
+    good, _ = GOOD["PNG"]
+    mine, others = TimeLeft(0.1), TimeLeft(60.0)
+    with decoder._turn(others), pytest.raises(UnavailableError, match="Send this one again"):
+        decoder.decode(good, SMALL, mine)
+    assert mine.waiting_s <= 0
+    assert mine.seconds == 0.1, "it was not its own picture that was slow"
+    assert decoder.decode(good, SMALL, TimeLeft(60.0)).shape == (3, 8, 8)
+
+
+def test_waiting_is_counted_over_the_pictures_of_a_request(decoder):
+    good, _ = GOOD["PNG"]
+    mine = TimeLeft(60.0)
+    for _ in range(2):
+        before, asked = mine.waiting_s, threading.Thread(target=decoder.decode, args=(good, SMALL, mine))
+        with decoder._turn(TimeLeft(60.0)):
+            asked.start()
+            asked.join(0.05)
+        asked.join()
+        assert mine.waiting_s < before
+
+
+def test_while_the_pictures_of_others_are_decoded_an_app_answers_503_and_when_to_come_back():
+    limits, serving = Data(max_image_bytes=MAX_BYTES), Serving(decode_timeout_s=0.1)
+    pictures, app = Pictures(SMALL, limits, serving), FastAPI()
+
+    @app.post("/picture")
+    def picture() -> list[int]:
+        _, pixels = pictures.get(
+            NewItem(item_id="i", image=base64.b64encode(GOOD["PNG"][0])), 0, pictures.time_limits()
+        )
+        return list(pixels.shape)
+
+    client = TestClient(guarded(app, serving), raise_server_exceptions=False)
+    decoder = ImageDecoder.shared(MAX_BYTES, limits.max_image_pixels)
+    with decoder._turn(TimeLeft(60.0)):
+        busy = client.post("/picture")
+    assert (busy.status_code, busy.headers["retry-after"], set(busy.json())) == (503, "1", {"error"})
 
 
 def test_a_decoder_that_dies_is_replaced(decoder):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import append_segment, fold, segment_rows
 from mim_ray.serving.loaded import Loaded
+from mim_ray.serving.new_item_app import NewItemReplica
 from mim_ray.serving.query_encoder import QueryEncoder
 from mim_ray.serving.ranker import RankingService
 from mim_ray.serving.ranking_app import ranking_api
@@ -323,6 +325,28 @@ def test_without_the_encoder_a_search_is_answered_later_and_rankings_go_on(small
     answer = client.post("/v1/search/image", json={"title": "mug"})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
     assert client.post("/v1/rank", json={"user_id": "u1", "candidates": ["i1"]}).status_code == 200
+
+
+def test_a_picture_that_waits_too_long_for_those_of_others_is_answered_later_and_with_the_reason(
+    small_run, service, similar, monkeypatch
+):
+    similar.refresh()
+
+    def embed(image, title):
+        raise UnavailableError("Other pictures keep the image decoder busy.")
+
+    replica = object.__new__(NewItemReplica)
+    replica._encoder = SimpleNamespace(
+        rollout=SimpleNamespace(current=SimpleNamespace(queries=SimpleNamespace(embed=embed)))
+    )
+    handle = SimpleNamespace(embed_query=SimpleNamespace(remote=replica.embed_query))
+    monkeypatch.setattr("mim_ray.serving.similar_routes.serve.get_app_handle", lambda name: handle)
+    client = TestClient(
+        ranking_api(service, small_run.scenario.serving, similar=similar), raise_server_exceptions=False
+    )
+    answer = client.post("/v1/search/image", json={"image": "aGVsbG8="})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+    assert answer.json() == {"error": "Other pictures keep the image decoder busy."}
 
 
 def test_switched_off_or_without_faiss_both_routes_say_so(small_run, service, similar, monkeypatch):
