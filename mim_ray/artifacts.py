@@ -171,13 +171,18 @@ def write_pieces(uri: str, pieces: Iterable[bytes | memoryview]) -> None:
     if isinstance(fs, pafs.LocalFileSystem):
         os.makedirs(parent, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=parent, prefix=".tmp-")
-        with os.fdopen(handle, "wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)  # a full disk gets no fuller with each try
+            raise
     else:
         with storage_errors(uri), fs.open_output_stream(path) as stream:
             for piece in pieces:

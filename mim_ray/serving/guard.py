@@ -64,9 +64,21 @@ class Guard:
         async def replay() -> Message:
             return pending.pop() if pending else await receive()
 
+        caller_is_gone = False
+
+        async def answer(message: Message) -> None:
+            nonlocal caller_is_gone
+            try:
+                await send(message)
+            except OSError:  # so ASGI 2.4 tells it; uvicorn and Ray Serve say nothing
+                caller_is_gone = True
+                raise
+
         try:
-            await self._app({**scope, "root_path": ""}, replay, send)
+            await self._app({**scope, "root_path": ""}, replay, answer)
         except Exception as error:  # noqa: BLE001  (limits.py has answered it; it is logged here, once)
+            if caller_is_gone:
+                return
             lines = "".join(traceback.format_tb(error.__traceback__))  # without the message: it may name a user
             logger.error("a request met %s\n%s", type(error).__name__, lines)
 

@@ -6,8 +6,10 @@ request is in guard.py, who may call in keys.py.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,6 +96,7 @@ def guarded(app: FastAPI, serving: Serving) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(MimRayError, _our_problem)
+    app.add_exception_handler(OSError, _system_problem)
     app.add_exception_handler(Exception, _our_fault)
     document(app)
     checked = check_exposure(serving)
@@ -134,6 +137,19 @@ async def _our_problem(_: Request, error: Exception) -> JSONResponse:
             sentence = f"{sentence[:half]}…{sentence[-half:]}"
         return JSONResponse({"error": sentence.encode("utf-8", "replace").decode()}, status_code=error.status)
     logger.error("a request met %s: %s", type(error).__name__, error)
+    return _later()
+
+
+async def _system_problem(_: Request, error: Exception) -> JSONResponse:
+    """A full or broken disk, too many open files, a connection of ours that broke: not the caller's, see guard.py."""
+    assert isinstance(error, OSError)
+    kind = errno.errorcode.get(error.errno or 0, "no number")
+    lines = "".join(traceback.format_tb(error.__traceback__))  # without the message: it may name a user or a path
+    logger.error("a request met %s (%s)\n%s", type(error).__name__, kind, lines)
+    return _later()
+
+
+def _later() -> JSONResponse:
     text = "The tables or models behind this endpoint cannot be used now. Try again; the replica's log has the reason."
     return JSONResponse({"error": text}, status_code=503, headers={"Retry-After": "1"})
 

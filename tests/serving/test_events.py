@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -153,16 +155,21 @@ def test_a_batch_with_one_bad_event_stores_none(client, center):
     assert read_events(center).num_rows == 0
 
 
-def test_what_could_not_be_stored_is_no_200_and_is_not_seen(client, center, monkeypatch):
-    def full(*_):
-        raise OSError("no space left on device")
+def test_a_full_disk_is_a_503_and_what_was_not_stored_is_not_seen(client, center, monkeypatch):
+    client.post("/v1/events", json=EVENT)  # the folders are there
+    files, headers = set(Path(center).rglob("*")), {"Idempotency-Key": "k"}
 
-    with monkeypatch.context() as broken:
-        broken.setattr("mim_ray.representation_center.window_folder.write_segment", full)
-        assert client.post("/v1/events", json=EVENT, headers={"Idempotency-Key": "k"}).status_code == 500
-    assert read_events(center).num_rows == 0
-    assert client.post("/v1/events", json=EVENT, headers={"Idempotency-Key": "k"}).status_code == 200
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("os.fsync", full)
+        answer = client.post("/v1/events", json=EVENT, headers=headers)
+    assert (answer.status_code, answer.headers["retry-after"], set(answer.json())) == (503, "1", {"error"})
+    assert {path for path in Path(center).rglob("*") if path.is_file()} <= files, "what was half written takes no room"
     assert read_events(center).num_rows == 1
+    assert client.post("/v1/events", json=EVENT, headers=headers).status_code == 200
+    assert read_events(center).num_rows == 2
 
 
 def test_events_become_rows_of_the_interactions_table(client, center):

@@ -1,6 +1,12 @@
+import asyncio
+import errno
 import json
+import socket
+import struct
+import threading
 
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
@@ -28,6 +34,10 @@ def client():
         raise {
             "request": RequestError("no such thing; ask for another", 404),
             "ours": ArtifactError("secret path"),
+            "disk": OSError(errno.ENOSPC, "secret", "/secret/path"),
+            "gone file": FileNotFoundError(errno.ENOENT, "secret", "/secret/path"),
+            "reset": ConnectionResetError("secret"),
+            "late": TimeoutError("secret"),
         }.get(kind, RuntimeError("secret"))
 
     return TestClient(guarded(app, Serving(max_body_bytes=20_000)), raise_server_exceptions=False)
@@ -127,12 +137,82 @@ def test_a_chunked_body_within_the_limit_passes(client):
 def test_failures_of_ours_tell_no_secrets(client):
     assert client.get("/fails/request").status_code == 404
     assert client.get("/fails/request").json() == {"error": "no such thing; ask for another"}
-    for kind, status in (("ours", 503), ("other", 500)):
+    for kind, status in (
+        ("ours", 503),
+        ("disk", 503),
+        ("gone file", 503),
+        ("reset", 503),
+        ("late", 503),
+        ("other", 500),
+    ):
         answer = client.get(f"/fails/{kind}")
         assert answer.status_code == status
         assert answer.headers.get("retry-after") == ("1" if status == 503 else None)
         assert "secret" not in answer.text
         assert set(answer.json()) == {"error"}
+
+
+def test_a_problem_of_the_machine_is_logged_by_its_kind_and_place_without_what_it_names(client, caplog):
+    assert client.get("/fails/disk").status_code == 503
+    (told,) = caplog.messages
+    assert "a request met OSError (ENOSPC)" in told
+    assert "in fails" in told
+    assert "secret" not in told
+
+
+@pytest.mark.parametrize("how", [BrokenPipeError, ConnectionResetError, OSError])
+def test_a_caller_who_goes_away_is_no_problem_of_ours(client, caplog, how):
+    """ASGI 2.4: `send` raises OSError then."""
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+        raise how("the caller is gone")
+
+    scope = {"type": "http", "method": "GET", "path": "/nowhere", "query_string": b"", "headers": []}
+    for path in ("/nowhere", "/fails/request", "/fails/disk"):
+        caplog.clear()
+        sent.clear()
+        asyncio.run(client.app({**scope, "path": path}, receive, send))
+        assert len(sent) == 1, "nobody is there to be told more"
+        assert [told for told in caplog.messages if "ENOSPC" not in told] == []
+
+
+def test_over_uvicorn_a_caller_who_hangs_up_is_not_in_the_log(caplog):
+    app, entered, gone, left = FastAPI(), threading.Event(), threading.Event(), threading.Event()
+
+    @app.get("/slow")
+    def slow() -> str:
+        entered.set()
+        gone.wait(30)
+        return "x" * 5_000_000  # more than the kernel's buffers hold
+
+    api = guarded(app, Serving())
+
+    async def watched(scope, receive, send) -> None:
+        await api(scope, receive, send)
+        if scope["type"] == "http":
+            left.set()
+
+    server = uvicorn.Server(uvicorn.Config(watched, port=0, log_config=None, lifespan="off"))
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        with socket.create_connection(listening.getsockname()) as caller:
+            caller.sendall(b"GET /slow HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert entered.wait(30)
+            caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+        gone.set()
+        assert left.wait(30)
+    finally:
+        server.should_exit = True
+        thread.join()
+    assert [told for told in caplog.messages if "request met" in told] == []
 
 
 def test_unknown_paths_and_methods_are_answered_in_the_same_form(client):
