@@ -199,6 +199,14 @@ def test_users_whose_arm_changed_are_told(tmp_path):
     assert as_json(analyse(str(tmp_path), {}, base="b"))["comparisons"]["a"]["ctr"]["difference"]["value"] == 1.0
 
 
+def test_events_of_several_users_under_one_id_all_count(tmp_path):
+    shown = [Shown(f"r{user}", user_hash(f"u{user}"), "ab"[user % 2], "m", ["i"], 0) for user in range(4)]
+    events = [{**event(1, f"r{user}", "i", "purchase", 5.0), "user_id": f"u{user}"} for user in range(4)]
+    write(str(tmp_path), shown, [*events, events[0]])
+    result = analyse(str(tmp_path), {})
+    assert [arm.total("revenue") for arm in result.arms.values()] == [10.0, 10.0]
+
+
 def test_what_cannot_be_compared_is_a_sentence(tmp_path):
     with pytest.raises(DataError, match=r"Set serving\.arms"):
         analyse(str(tmp_path), WEIGHTS)
