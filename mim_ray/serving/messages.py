@@ -228,7 +228,7 @@ class EncodedItem(Message):
     encoder_version: str
     content_hash: str
     changed: bool
-    """False: the same or newer content was already there, and nothing was done."""
+    """False: the same content under the same category, or newer content, was already there, and nothing was done."""
     rankable: bool
     """It is on all parameter machines; or there are none, and rankers read it within a fraction of a second. False: not all of
     them have confirmed it in time. It is durable, and they find it by themselves."""
