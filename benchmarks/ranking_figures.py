@@ -64,6 +64,8 @@ def overload(
     accepted, refused = meanwhile & (status == 200), meanwhile & (status == 503)
     p99 = float(np.percentile(latency[accepted], 99)) if accepted.any() else None
     told = np.array(outcomes.retry_after)[refused]
+    usual = float((status[due < begin] == 503).mean()) if (due < begin).any() else 0.0
+    last = sum(seconds for _, seconds in phases)
     found: dict[str, dict[str, Any]] = {
         "overload_p99_ratio": {
             "value": None if p99 is None else round(p99 / normal_p99_ms, 4),
@@ -80,20 +82,32 @@ def overload(
         "overload_503_p50_ms": {"value": round(float(np.median(latency[refused])), 2) if refused.any() else None},
         "overload_retry_after_ratio": {"value": round(float(told.mean()), 4) if refused.any() else None},
         "recovery_s": {
-            "value": recovery_s(due, latency, status, end, sum(seconds for _, seconds in phases), 2 * normal_p99_ms)
+            "value": recovery_s(due, latency, status, end, last, limit_ms=2 * normal_p99_ms, refused=usual),
+            "refused_before": round(usual, 4),
         },
     }
     return found
 
 
 def recovery_s(
-    due: np.ndarray, latency_ms: np.ndarray, status: np.ndarray, end: float, last: float, limit_ms: float
+    due: np.ndarray,
+    latency_ms: np.ndarray,
+    status: np.ndarray,
+    end: float,
+    last: float,
+    *,
+    limit_ms: float,
+    refused: float,
 ) -> float | None:
-    """Seconds from `end` to the first half second in which all requests were ranked, nine of ten within the limit; None: no such."""
+    """Seconds from `end` to the first half second in which nine of ten requests were within the limit, none failed, and no
+    larger share than `refused` (rounded up to a request) was refused; None: no such."""
     for step in range(int((last - end) / WINDOW_S)):
         begin = end + step * WINDOW_S
         within = (due >= begin) & (due < begin + WINDOW_S)
-        if within.any() and (status[within] == 200).all() and np.percentile(latency_ms[within], 90) <= limit_ms:
+        if not within.any() or not np.isin(status[within], (200, 503)).all():
+            continue
+        few = (status[within] == 503).sum() <= np.ceil(refused * within.sum())
+        if few and np.percentile(latency_ms[within], 90) <= limit_ms:
             return round(step * WINDOW_S, 2)
     return None
 

@@ -179,6 +179,11 @@ class Features:
         return kinds | {one.name: "dense" for one in self.numbers}
 
     @property
+    def max_values(self) -> dict[str, int]:
+        """Of the multi-valued features, by name: how many values of a row are looked at."""
+        return {one.name: one.max_values for one in self.categories if one.max_values is not None}
+
+    @property
     def num_table_rows(self) -> dict[str, int]:
         """Rows by table name."""
         return {table_name(one.name): one.num_rows for one in self.categories}

@@ -549,6 +549,8 @@ class Serving(Section):
     """A body that has not arrived by then is not waited for."""
     max_json_values: Positive = 100_000
     """A body with more strings, numbers, lists and objects is refused before it is parsed."""
+    query_deadline_ms: Positive = 1_000
+    """A query that the new-item encoder has not read by then is left out of the ranking, which says so."""
     max_queued_requests: Positive | None = None
     """Rankings that wait, beside the 6 that a replica has in work; on Serve's fast path in each replica, else in each proxy.
     Beyond that 503 at once, with Retry-After. Default: 2 on the fast path, where what is accepted in an overload is then about

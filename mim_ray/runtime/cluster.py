@@ -19,12 +19,14 @@ from mim_ray.config.scenario import Run, Workers
 from mim_ray.errors import ConfigError, MimRayError
 
 _CONNECT_S = 5.0
-PROXY_HEALTH = {
+SERVE_ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "16777216",
 }
 """Serve's controller starts another proxy when three checks in a row fail: a dead proxy is missed after 3 s instead of Ray's 30, and
-a new one on a busy machine gets the time that it needs. Read where Ray was started: `ray start` needs them in its environment."""
+a new one on a busy machine gets the time that it needs. On the fast path apps call each other by gRPC: pictures to search with
+must fit. Read where Ray was started: `ray start` needs them in its environment."""
 
 
 @contextlib.contextmanager
@@ -41,7 +43,7 @@ def cluster(run: Run) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "600")  # a lost rank ends in an error, not in waiting
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin: workers share the cores
-    for name, value in PROXY_HEALTH.items():
+    for name, value in SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     joined = bool(os.environ.get("RAY_ADDRESS")) or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if joined:

@@ -34,7 +34,7 @@ from mim_ray.serving.served import Served
 
 logger = logging.getLogger("ray.serve")
 FOLLOW_EVERY_S = 0.1  # how often new items are looked for
-CONTENT, TABLES = "content", "tables"
+CONTENT, TABLES, QUERY = "content", "tables", "query"  # what an answer may lack
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RequestRows:
         tables: of each seed; None: the model's own.
         has_content, unknown: (C,) bool: the candidate's MM embedding is known; its ID embedding is not.
         degraded: what could not be read: CONTENT (no item has any then), TABLES (some items, the user or features count as
-            unknown).
+            unknown), QUERY (as if the request had none).
     """
 
     batch: IndexedBatch

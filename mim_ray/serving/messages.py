@@ -155,7 +155,7 @@ class RankResponse(Message):
     """Declared features that the request lacked, for one candidate or more: the model's defaults stood for them."""
     degraded: list[str] = []
     """What could not be read in time: "content" (all items were scored as if they had none), "tables" (some items, the user
-    or features count as unknown). Empty for a full answer."""
+    or features count as unknown), "query" (scored as if the request had none). Empty for a full answer."""
     release: int | None = None
     """Number of the release that made all of these scores; null where nothing was promoted."""
     model_version: str

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, HTTPException, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import Metric
@@ -28,6 +28,7 @@ from prometheus_client.samples import Sample
 from ray.exceptions import RayError
 from ray.util.metrics import Counter, Gauge
 
+from mim_ray.serving.messages import Problem
 from mim_ray.serving.metrics import GAUGES, Family, Metrics
 
 logger = logging.getLogger("ray.serve")
@@ -213,14 +214,17 @@ class _RayMetrics:
 
 
 def add_metrics_routes(app: FastAPI, metrics: Metrics, *, path: str = "/metrics") -> None:
-    """`path` answers for all processes where a `Reporter` runs; else, or when the actor is away, for this one."""
+    """`path` answers for all processes where a `Reporter` runs, and 503 while the actor is away: counters of this process alone
+    would look like a fall, and the next ones like a leap. Without a Reporter it answers for this process."""
 
-    @app.get(path, response_class=PlainTextResponse)
+    @app.get(path, response_class=PlainTextResponse, responses={503: {"model": Problem}})
     def read_metrics() -> Response:
         """Metrics of all replicas, in Prometheus' text format."""
         try:
             families = metrics.joined()
-        except (RayError, ValueError) as error:  # half an answer is better than none where things fail
-            logger.warning("%s answers for one process only: %s", path, type(error).__name__)
-            families = metrics.families()
+        except (RayError, ValueError) as error:
+            logger.warning("%s cannot join the metrics of all processes: %s", path, type(error).__name__)
+            raise HTTPException(
+                503, "The metrics of all replicas cannot be joined now. Try again.", {"Retry-After": "1"}
+            ) from None
         return Response(text_of(families), media_type=CONTENT_TYPE_LATEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import NamedTuple
 
 import numpy as np
@@ -18,19 +19,9 @@ class QueryVector(NamedTuple):
     vector: np.ndarray
     encoder_version: str
 
-    def for_model(self, model: Ranker) -> np.ndarray:
-        """
-        Raises:
-            RequestError: (422) the model was trained without queries.
-            UnavailableError: it was trained with queries of another encoder version.
-        """
-        check_takes_queries(model)
-        if self.encoder_version != model.query_encoder_version or self.vector.shape != (model.query_width,):
-            raise UnavailableError(
-                f"The query was encoded by {self.encoder_version}, and the model was trained with queries of "
-                f"{model.query_encoder_version}: a release is being rolled out. Try again."
-            )
-        return self.vector
+    def fits(self, model: Ranker) -> bool:
+        """Whether the model was trained with queries of this encoder version; while a release is rolled out it may not."""
+        return self.encoder_version == model.query_encoder_version and self.vector.shape == (model.query_width,)
 
 
 def has_query(request: RankRequest) -> bool:
@@ -38,14 +29,19 @@ def has_query(request: RankRequest) -> bool:
     return request.query_text is not None or request.query_image is not None
 
 
-async def encoded(request: RankRequest, embed: Embed) -> QueryVector:
-    """The vector of the request's query, a picture before a text, as training took it.
+async def encoded(request: RankRequest, embed: Embed, deadline_s: float) -> QueryVector | None:
+    """The vector of the request's query, a picture before a text, as training took it; None where the encoder does not answer in
+    time.
 
     Raises:
-        RequestError: (422) a picture that cannot be used, or a blank text. UnavailableError: the encoder does not answer.
+        RequestError: (422) a picture that cannot be used, or a blank text.
     """
     text = None if request.query_image else request.query_text
-    return QueryVector(*await embed(request.query_image, text))
+    try:
+        async with asyncio.timeout(deadline_s):
+            return QueryVector(*await embed(request.query_image, text))
+    except (UnavailableError, TimeoutError):
+        return None
 
 
 def check_takes_queries(model: Ranker) -> None:

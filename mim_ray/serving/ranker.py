@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from operator import itemgetter
@@ -26,10 +27,10 @@ from mim_ray.serving.answers import answer
 from mim_ray.serving.behavior_store import BehaviorStore
 from mim_ray.serving.limits import check_count
 from mim_ray.serving.live_behaviors import LiveBehaviors
-from mim_ray.serving.loaded import Loaded, LocalRows, RequestRows
+from mim_ray.serving.loaded import QUERY, Loaded, LocalRows, RequestRows
 from mim_ray.serving.messages import RankRequest, RankResponse
 from mim_ray.serving.metrics import Metrics, Versions
-from mim_ray.serving.query import QueryVector
+from mim_ray.serving.query import QueryVector, check_takes_queries, has_query
 from mim_ray.serving.request_context import context_table
 from mim_ray.serving.rollout import Rollout, open_first
 from mim_ray.serving.served import Served
@@ -137,12 +138,11 @@ class RankingService:
     def rank(self, request: RankRequest, query: QueryVector | None = None) -> RankResponse:
         """
         Args:
-            query: of the request's query_text or query_image.
+            query: of the request's query_text or query_image. None where it has one: it could not be read in time.
 
         Raises:
             RequestError: too many candidates, or a context or a query that does not fit the model.
-            UnavailableError: the parameter machines hold another release, and that cannot be opened; or the query is of
-                another encoder version than the model's.
+            UnavailableError: the parameter machines hold another release, and that cannot be opened.
         """
         check_count("candidates", len(request.candidates), self.max_candidates)
         loaded = self.rollout.current
@@ -155,11 +155,15 @@ class RankingService:
             return self._rank(request, newer, query)
 
     def _rank(self, request: RankRequest, loaded: Loaded, query: QueryVector | None) -> RankResponse:
+        if query is not None and not query.fits(loaded.model):
+            query = None
         turn = self._turn if loaded.rows.waits else nullcontext()
         with turn:
             asked, num_future, absent = self._asked(request, loaded.model, query)
         began = time.perf_counter()
         found = loaded.rows.get(asked)
+        if query is None and has_query(request):
+            found = replace(found, degraded=(*found.degraded, QUERY))
         self.metrics.stage(RANK, "lookup", time.perf_counter() - began)
         with turn:
             began = time.perf_counter()
@@ -181,10 +185,12 @@ class RankingService:
 
     def _asked(self, request: RankRequest, model: Ranker, query: QueryVector | None) -> tuple[Request, int, list[str]]:
         """The request as rows of the model's tables, how many behaviors are later than it, and the features that it lacks."""
+        if query is not None or has_query(request):
+            check_takes_queries(model)
         place = {item: number for number, item in reversed(list(enumerate(request.candidates)))}
         candidates = list(dict.fromkeys(request.candidates))
         context, absent = context_table(
-            model.features.kinds,
+            model.features,
             request.context,
             request.item_context,
             [place[item] for item in candidates],
@@ -199,7 +205,7 @@ class RankingService:
             behavior_times=times,
             timestamp=timestamp,
             context=context,
-            query_mm=None if query is None else query.for_model(model),
+            query_mm=None if query is None else query.vector,
         )
         return asked, num_future, absent
 

@@ -21,7 +21,7 @@ from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.runtime.memory import keep_freed_memory
 from mim_ray.serving.events import add_event_routes
-from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded, max_queued_rankings
+from mim_ray.serving.limits import FULL_QUEUE, check_count, check_exposure, guarded, max_queued_rankings
 from mim_ray.serving.live_behaviors import LiveBehaviors
 from mim_ray.serving.messages import Health, Problem, RankRequest, RankResponse, Ready
 from mim_ray.serving.metrics import counted
@@ -61,7 +61,8 @@ def ranking_api(
         ranks, query = chosen.service, None
         if has_query(request):
             check_takes_queries(ranks.model)  # before the encoder is asked
-            query = await encoded(request, embed)
+            check_count("candidates", len(request.candidates), serving.max_candidates)
+            query = await encoded(request, embed, serving.query_deadline_ms / 1e3)
         if ranks.is_short(request):
             return ranked(request, chosen, query)
         return await to_thread.run_sync(ranked, request, chosen, query, limiter=waiting if ranks.waits else turn)

@@ -8,8 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from mim_ray.ciubm.features import Features
 from mim_ray.errors import RequestError
 
+MAX_VALUE_CHARS = 1_000
 _TYPES = {"categorical": pa.string(), "dense": pa.float64(), "multi": pa.list_(pa.string())}
 _WORDS = {
     "categorical": "a string or a whole number",
@@ -19,7 +21,7 @@ _WORDS = {
 
 
 def context_table(
-    kinds: Mapping[str, str],
+    features: Features,
     context: Mapping[str, Any],
     item_context: Mapping[str, Sequence[Any]],
     places: Sequence[int],
@@ -27,7 +29,7 @@ def context_table(
 ) -> tuple[pa.Table, list[str]]:
     """
     Args:
-        kinds: categorical, dense or multi by name of the model's features.
+        features: the model's. Of a list, values that it does not look at are left out here already.
         context: values of the request. item_context: values of each of the request's `num_candidates` candidates.
         places: the candidates to rank, by their place in the request.
 
@@ -35,9 +37,10 @@ def context_table(
         a row for each of `places`, and the features that the request lacks for one of them or more.
 
     Raises:
-        RequestError: (422) a feature that the model does not have or that is given twice, a value of another type, or not
-            one for each candidate.
+        RequestError: (422) a feature that the model does not have or that is given twice, a value of another type or longer than
+            MAX_VALUE_CHARS, or not one for each candidate.
     """
+    kinds, max_values = features.kinds, features.max_values
     for key, given in (("context", context), ("item_context", item_context)):
         for name in given:
             if name not in kinds:
@@ -55,16 +58,17 @@ def context_table(
                     "Send one for each, in the same order.",
                     422,
                 )
-            read = [_value(f"item_context.{name}[{place}]", values[place], kind) for place in places]
+            most = max_values.get(name)
+            read = [_value(f"item_context.{name}[{place}]", values[place], kind, most) for place in places]
         else:
-            read = [_value(f"context.{name}", context.get(name), kind)] * len(places)
+            read = [_value(f"context.{name}", context.get(name), kind, max_values.get(name))] * len(places)
         if any(value is None for value in read):
             absent.append(name)
         columns[name] = pa.array(read, _TYPES[kind])
     return pa.table({"": pa.nulls(len(places)), **columns}), absent
 
 
-def _value(where: str, value: Any, kind: str) -> str | float | list[str | None] | None:
+def _value(where: str, value: Any, kind: str, most: int | None) -> str | float | list[str | None] | None:
     """What the column holds; None for null and for a number that is no float64 or not finite."""
     if value is None:
         return None
@@ -73,10 +77,17 @@ def _value(where: str, value: Any, kind: str) -> str | float | list[str | None] 
             return float(value) if abs(value) <= float_info.max else None
     elif kind == "multi":
         if isinstance(value, list) and all(one is None or _is_name(one) for one in value):
-            return [None if one is None else str(one) for one in value]
+            return [None if one is None else _name(where, one) for one in value[:most]]
     elif _is_name(value):
-        return str(value)
+        return _name(where, value)
     raise RequestError(f"{where} must be {_WORDS[kind]}.", 422)
+
+
+def _name(where: str, value: str | int) -> str:
+    text = str(value)
+    if len(text) > MAX_VALUE_CHARS:  # it is copied for each candidate
+        raise RequestError(f"{where} has a value of more than {MAX_VALUE_CHARS:,} characters. Shorten it.", 422)
+    return text
 
 
 def _is_name(value: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import FastAPI, HTTPException, Path, Query
 from fastapi.concurrency import run_in_threadpool
+from grpc import RpcError
 from pydantic import ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayError
@@ -27,6 +28,7 @@ ENCODER_APP = "new_item_encoder"  # name of its Serve application
 ENCODER_DEADLINE_S = 5.0
 RETRY_AFTER_S = 2
 MAX_TOP_K = 1_000
+MAX_EMBEDDING = 3  # queries that one replica has the encoder read at once: half of its places stay for others
 
 Embed = Callable[[bytes | None, str | None], Awaitable[tuple[np.ndarray, str]]]
 """(image, title) -> the query's vector (D,), and the version of the encoder that made it."""
@@ -115,20 +117,28 @@ def add_similar_routes(app: FastAPI, similar: SimilarItems | None, embed: Embed 
 def encoder_app(name: str = ENCODER_APP, deadline_s: float = ENCODER_DEADLINE_S) -> Embed:
     """Asks the Serve application `name`, whose ingress has `embed_query`.
 
-    The function raises RequestError for a picture that cannot be used, and UnavailableError where nobody answers.
+    The function raises RequestError for a picture that cannot be used, and UnavailableError where nobody answers, or
+    MAX_EMBEDDING others wait already.
     """
     handles: list[Any] = []
+    waiting = 0
 
     async def embed(image: bytes | None, title: str | None) -> tuple[np.ndarray, str]:
+        nonlocal waiting
+        if waiting >= MAX_EMBEDDING:
+            raise UnavailableError("The new-item encoder has many queries to read already. Try again.")
+        waiting += 1
         try:
             if not handles:
                 handles.append(await run_in_threadpool(serve.get_app_handle, name))
             answer = await asyncio.wait_for(handles[0].embed_query.remote(image, title), deadline_s)
-        except (RayServeException, RayError, TimeoutError) as error:
+        except (RayServeException, RayError, RpcError, TimeoutError) as error:  # RpcError: on the fast path
             logger.warning("no answer of the app %s: %s", name, type(error).__name__)
             raise UnavailableError(
                 "The new-item encoder, which reads pictures and texts to search with, does not answer. Try again."
             ) from None
+        finally:
+            waiting -= 1
         if isinstance(answer, RequestError):
             raise answer
         return answer

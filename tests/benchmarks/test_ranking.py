@@ -112,6 +112,9 @@ def test_figures_of_an_overload(modules: dict[str, ModuleType]) -> None:
     assert found["overload_503_p50_ms"]["value"] == 3.0
     assert found["overload_retry_after_ratio"]["value"] == 0.5
     assert found["recovery_s"]["value"] == 1.0, "refused in the first half second, slow in the second"
+    usual = [(0.1, 0.01, 200, False), (0.2, 0.01, 503, True), *rows]
+    found = figures.overload(outcomes(modules, usual), [(10, 1.0), (60, 1.0), (10, 2.0)], normal_p99_ms=20.0)
+    assert found["recovery_s"] == {"value": 0.0, "refused_before": 0.3333}, "as many are refused as before"
     never = figures.overload(outcomes(modules, rows[:-1]), [(10, 1.0), (60, 1.0), (10, 2.0)], normal_p99_ms=20.0)
     assert never["recovery_s"]["value"] is None
     assert figures.failed(outcomes(modules, rows)) == 1

@@ -275,14 +275,14 @@ def test_a_request_gives_the_tensors_of_the_same_row(learnt: Features, monkeypat
     offline = learnt.encode(_features_table(*(list(column) for column in zip(*rows, strict=True))))
     keys = ("device", "tags", "price")
     by_item = {key: [row[number] for row in rows] for number, key in enumerate(keys)}
-    table, absent = context_table(learnt.kinds, {}, by_item, range(4), 4)
+    table, absent = context_table(learnt, {}, by_item, range(4), 4)
     online = learnt.encode(table)
     assert offline is not None
     assert online is not None
     _equal(offline, online)
     assert absent == ["device", "tags", "price"]
     for number, row in enumerate(rows):
-        table, _ = context_table(learnt.kinds, dict(zip(keys, row, strict=True)), {}, [0], 1)
+        table, _ = context_table(learnt, dict(zip(keys, row, strict=True)), {}, [0], 1)
         one, of_row = learnt.encode(table), learnt.encode(_features_table(*([value] for value in row)))
         assert one is not None
         assert of_row is not None
@@ -334,7 +334,7 @@ def test_a_model_learns_declared_features_and_ranks_with_them(
     assert found is not None
     assert found > 0.75
     for number, row in enumerate(rows.slice(0, 10).to_pylist()):
-        table, absent = context_table(ranker.features.kinds, {key: row[key] for key in ("device", "price")}, {}, [0], 1)
+        table, absent = context_table(ranker.features, {key: row[key] for key in ("device", "price")}, {}, [0], 1)
         score = ranker.score(row["user_id"], row["behaviors"], [row["item_id"]], context=table)
         assert score[0] == pytest.approx(expected[number], abs=1e-6)
         assert absent == []

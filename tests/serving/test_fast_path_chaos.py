@@ -5,6 +5,7 @@ As test_chaos.py, for HAProxy instead of Serve's own proxy.
 
 from __future__ import annotations
 
+import base64
 import os
 import socket
 import subprocess
@@ -49,6 +50,7 @@ class Shop:
     scenario: Scenario
     reference: Reference
     client: Client
+    key: str
     new_load: Callable[..., Load]
 
     def healthy(self) -> bool:
@@ -75,7 +77,6 @@ def shop(new_run: Any, picture: Any, tmp_path_factory: pytest.TempPathFactory) -
         "serving.window_s": 0.5,
         "serving.num_replicas": 2,
         "serving.cpus_per_replica": 0.25,
-        "serving.similar_items": "false",
         "serving.body_timeout_s": 60,  # a starved test machine is no slow stranger
         "serving.keys_file": folder / "keys",
         "serving.max_queued_requests": 200,  # more callers than the fast path's queue takes by default
@@ -111,10 +112,17 @@ def shop(new_run: Any, picture: Any, tmp_path_factory: pytest.TempPathFactory) -
         def new_load(name: str, callers: int = CALLERS) -> Load:
             return Load(url, name, callers=callers, client=client, picture=picture, key=key)
 
-        yield Shop(url, child.pid, scenario, reference, client, new_load)
+        yield Shop(url, child.pid, scenario, reference, client, key, new_load)
     finally:
         child.terminate()
         child.wait(120)
+
+
+def _found(url: str, body: dict[str, Any], headers: dict[str, str]) -> dict[str, Any] | None:
+    """None while the index is built."""
+    answer = requests.post(url, json=body, headers=headers, timeout=60)
+    assert answer.status_code in (200, 503), answer.text
+    return answer.json() if answer.ok else None
 
 
 def free_ports(count: int) -> list[int]:
@@ -125,6 +133,15 @@ def free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
+
+
+def test_apps_pass_each_other_pictures_larger_than_grpcs_default(shop: Shop, picture: Any) -> None:
+    image = picture(1, size=1_250)
+    assert len(image) > 4 * 2**20
+    body = {"image": base64.b64encode(image).decode(), "top_k": 3}
+    headers = {"Authorization": f"Bearer {shop.key}"}
+    found = until(lambda: _found(f"{shop.url}/v1/search/image", body, headers), "the picture is not searched with")
+    assert len(found["items"]) == 3
 
 
 @pytest.mark.parametrize(

@@ -165,16 +165,18 @@ def test_a_dead_process_keeps_its_counts_in_the_sums_and_leaves_the_gauges(monke
     assert found["mim_ray_version_info", "ranking", "v1", "", ""] == 1
 
 
-def test_metrics_answer_for_one_process_where_the_others_cannot_be_asked():
+def test_metrics_of_one_process_never_stand_for_those_of_all():
     app, metrics = FastAPI(), one("ranking", 2, 0.5)
     add_metrics_routes(app, metrics)
+    found = values(TestClient(app).get("/metrics").text)
+    assert found["mim_ray_requests_total", "ranking", "/v1/rank", "2xx"] == 2, "without Ray there is one"
 
     def gone():
         raise ValueError("no such actor")
 
     metrics.joined = gone
-    found = values(TestClient(app).get("/metrics").text)
-    assert found["mim_ray_requests_total", "ranking", "/v1/rank", "2xx"] == 2
+    answer = TestClient(app).get("/metrics")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1"), "a counter would fall, and leap later"
 
 
 def test_ray_is_told_that_a_version_is_not_served_any_more(monkeypatch):

@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import concurrent.futures
 import json
@@ -12,9 +13,10 @@ from starlette.testclient import TestClient
 from mim_ray import artifacts
 from mim_ray.ciubm.export import load_ranker
 from mim_ray.ciubm.model import CtrNetwork, NetworkConfig
+from mim_ray.config.scenario import Serving
 from mim_ray.data.transforms import decode_image
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_queries
-from mim_ray.errors import ArtifactError, VersionMismatchError
+from mim_ray.errors import ArtifactError, UnavailableError, VersionMismatchError
 from mim_ray.representation_center.snapshot import Snapshot
 from mim_ray.representation_center.updates import append_segment, segment_rows
 from mim_ray.serving.answers import reasons
@@ -406,13 +408,45 @@ def test_a_query_is_encoded_as_training_encoded_it(with_queries, picture):
         np.testing.assert_allclose([answers[name][item] for item in candidates], expected, atol=1e-6)
 
 
-def test_a_query_of_another_encoder_version_or_that_cannot_be_read_is_a_sentence(with_queries, monkeypatch):
-    client, service, _, _ = with_queries
+def test_a_query_that_is_not_read_in_time_is_left_out_and_the_answer_says_so(with_queries, monkeypatch):
+    client, service, _, asked = with_queries
+    body = {"user_id": "u1", "candidates": [f"i{row}" for row in range(10)]}
+
+    def scores(answer):
+        assert answer.status_code == 200, answer.text
+        return {item["item_id"]: item["prob"] for item in answer.json()["items"]}
+
+    without, full = (client.post("/v1/rank", json=body | query) for query in ({}, {"query_text": "striped red"}))
+    assert without.json()["degraded"] == full.json()["degraded"] == []
+    assert scores(full) != scores(without)
+
+    async def away(image, title):
+        raise UnavailableError("no encoder")
+
+    async def slow(image, title):
+        await asyncio.sleep(60)
+
+    serving = Serving(query_deadline_ms=50)
+    for embed in (away, slow):
+        other = TestClient(ranking_api(service, serving, embed=embed), raise_server_exceptions=False)
+        answer = other.post("/v1/rank", json=body | {"query_text": "striped red"})
+        assert scores(answer) == scores(without)
+        assert answer.json()["degraded"] == ["query"]
+    monkeypatch.setattr(service.model, "query_encoder_version", "csft-of-yesterday")
+    answer = client.post("/v1/rank", json=body | {"query_text": "striped red"})
+    assert (answer.json()["degraded"], scores(answer)) == (["query"], scores(without))
+    assert client.get("/readyz").json()["degraded"] == {"query": 3}
+    del asked[:]
+    many = {"user_id": "u1", "candidates": ["i1"] * 2_001, "query_text": "red"}
+    assert client.post("/v1/rank", json=many).status_code == 422
+    assert asked == [], "the encoder is not asked in vain"
+
+
+def test_a_query_that_cannot_be_read_is_a_sentence(with_queries):
+    client, _, _, _ = with_queries
     body = {"user_id": "u1", "candidates": ["i1"]}
     answer = client.post("/v1/rank", json=body | {"query_image": "aGVsbG8="})
     assert answer.status_code == 422
     assert "image" in answer.json()["error"]
     assert client.post("/v1/rank", json=body | {"query_text": "  "}).status_code == 422
-    monkeypatch.setattr(service.model, "query_encoder_version", "csft-of-yesterday")
-    assert client.post("/v1/rank", json=body | {"query_text": "red"}).status_code == 503
     assert client.post("/v1/rank", json=body).status_code == 200

@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import sys
 import time
@@ -6,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import grpc
 import numpy as np
 import pytest
+from ray.serve.exceptions import RayServeException
 from starlette.testclient import TestClient
 
 from mim_ray.config import load_scenario
@@ -21,10 +24,11 @@ from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import append_segment, fold, segment_rows
 from mim_ray.serving.loaded import Loaded
 from mim_ray.serving.query_encoder import QueryEncoder
-from mim_ray.serving.ranker import RankingService
+from mim_ray.serving.ranker import MAX_ONGOING_REQUESTS, RankingService
 from mim_ray.serving.ranking_app import ranking_api
 from mim_ray.serving.served import Served
 from mim_ray.serving.similar import SimilarItems
+from mim_ray.serving.similar_routes import MAX_EMBEDDING, encoder_app
 
 WIDTH = load_scenario("tiny").encoders.width
 
@@ -323,6 +327,48 @@ def test_without_the_encoder_a_search_is_answered_later_and_rankings_go_on(small
     answer = client.post("/v1/search/image", json={"title": "mug"})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
     assert client.post("/v1/rank", json={"user_id": "u1", "candidates": ["i1"]}).status_code == 200
+
+
+class Handle:
+    """In the place of Serve's: `embed_query` does as it is told."""
+
+    def __init__(self, work):
+        self.embed_query = self
+        self._work = work
+
+    def remote(self, image, title):
+        return self._work(image, title)
+
+
+@pytest.mark.parametrize("problem", [grpc.RpcError("RESOURCE_EXHAUSTED"), RayServeException("gone"), TimeoutError()])
+def test_whatever_is_wrong_with_the_encoder_app_it_is_told_as_away(monkeypatch, problem):
+    async def work(image, title):
+        raise problem
+
+    monkeypatch.setattr("mim_ray.serving.similar_routes.serve.get_app_handle", lambda name: Handle(work))
+    with pytest.raises(UnavailableError, match="does not answer"):
+        asyncio.run(encoder_app()(b"picture", None))
+
+
+def test_queries_that_wait_for_a_hanging_encoder_leave_places_to_others(monkeypatch):
+    async def hang(image, title):
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr("mim_ray.serving.similar_routes.serve.get_app_handle", lambda name: Handle(hang))
+
+    async def ask() -> list[BaseException]:
+        embed = encoder_app(deadline_s=0.3)
+        first = asyncio.gather(*(embed(None, "mug") for _ in range(MAX_EMBEDDING)), return_exceptions=True)
+        await asyncio.sleep(0)
+        with pytest.raises(UnavailableError, match="many queries"):
+            await embed(None, "one too many")
+        found = await first
+        with pytest.raises(UnavailableError, match="does not answer"):  # its turn has come
+            await embed(None, "mug")
+        return found
+
+    assert [type(error) for error in asyncio.run(ask())] == [UnavailableError] * MAX_EMBEDDING
+    assert MAX_EMBEDDING < MAX_ONGOING_REQUESTS
 
 
 def test_switched_off_or_without_faiss_both_routes_say_so(small_run, service, similar, monkeypatch):
