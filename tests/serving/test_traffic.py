@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from mim_ray.config import load_scenario
 from mim_ray.config.scenario import Arm
 from mim_ray.errors import ArtifactError, ConfigError
 from mim_ray.representation_center.release import promote
+from mim_ray.serving import ranking_app
 from mim_ray.serving import traffic as traffic_module
 from mim_ray.serving.exposures import exposure_log, user_hash
 from mim_ray.serving.messages import RankRequest
+from mim_ray.serving.metrics import Metrics
 from mim_ray.serving.ranker import RankingService
 from mim_ray.serving.ranking_app import bind_ranking, ranking_api
 from mim_ray.serving.served import Served
@@ -204,6 +207,30 @@ def test_a_replica_that_started_while_storage_was_away_becomes_whole(experiment,
     for service in (everybody, *traffic.services):
         service.embeddings.stop()
     everybody.behaviors.stop()
+
+
+def test_a_replica_counts_the_arms_that_it_lacks(experiment, monkeypatch):
+    class NoReporter:  # it would ask Ray for the other replicas' metrics
+        def __init__(self, metrics: Metrics) -> None:
+            pass
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(ranking_app, "Reporter", NoReporter)
+    scenario, served = experiment
+    serving = scenario.serving.model_copy(update={"similar_items": False, "log_exposures": False})
+    arms = arms_of(scenario, served)
+    for lost, expected in ((0, 0.0), (1, 1.0)):
+        gone = {name: replace(arm, ctr=f"{arm.ctr}-gone") if lost else arm for name, arm in arms.items()}
+        replica = ranking_app.RankingReplica(served, serving, arms=gone)
+        values = {
+            family.name: [value for *_, value in family.samples] for family in replica._service.metrics.families()
+        }
+        assert values["mim_ray_arms_missing"] == [expected]
+        for service in (replica._service, *replica._traffic.services):
+            service.embeddings.stop()
+        replica._service.behaviors.stop()
 
 
 def test_a_missing_arm_is_tried_no_more_when_nobody_holds_the_replica(experiment, monkeypatch):
