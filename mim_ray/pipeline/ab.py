@@ -10,6 +10,7 @@ replacement. Arms hold different users, but are resampled together: the differen
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -32,11 +33,16 @@ _SUMS = ("exposures", "clicks", "revenue")
 
 @dataclass
 class ArmSums:
-    """What one arm adds up to, by group of users."""
+    """What one arm adds up to, by group of users.
+
+    Attributes:
+        models: model version -> exposed items that it ranked.
+    """
 
     sums: np.ndarray = field(default_factory=lambda: np.zeros((len(_SUMS), NUM_GROUPS)))
     users: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     num_requests: int = 0
+    models: Counter[str] = field(default_factory=Counter)
 
     def total(self, name: str) -> float:
         return float(self.sums[_SUMS.index(name)].sum())
@@ -194,7 +200,7 @@ def _outcomes(events: pa.Table, click_events: Sequence[str]) -> pa.Table:
 
 def _add(exposures: pa.Table, outcomes: pa.Table, arms: dict[str, ArmSums]) -> int:
     """Add exposures, each with what became of it, to the sums of their arms; how many outcomes they met."""
-    shown = exposures.select(["request_id", "item_id", "user_hash", "arm"])  # an answer ranks an item once
+    shown = exposures.select(["request_id", "item_id", "user_hash", "arm", "release"])  # an answer ranks an item once
     joined = shown.join(outcomes, ["request_id", "item_id"])
     num_matched = 0
     for name in pc.unique(joined["arm"]).to_pylist():
@@ -206,6 +212,10 @@ def _add(exposures: pa.Table, outcomes: pa.Table, arms: dict[str, ArmSums]) -> i
         arm.sums += [np.bincount(group, column, NUM_GROUPS) for column in columns]
         arm.users = np.union1d(arm.users, hashes)
         arm.num_requests += pc.count_distinct(rows["request_id"]).as_py()
+        for count in pc.value_counts(rows["release"]).to_pylist():
+            arm.models[str(count["values"]).partition("@")[0]] += count[
+                "counts"
+            ]  # the release's number is no other model
         num_matched += rows.num_rows - rows["clicked"].null_count
     return num_matched
 

@@ -55,6 +55,7 @@ def as_json(result: AbResult) -> dict[str, Any]:
                 "users": len(arm.users),
                 "requests": arm.num_requests,
                 "expected_user_ratio": result.expected.get(name),
+                "models": dict(arm.models),
                 **{key: arm.total(key) for key in ("exposures", "clicks", "revenue")},
                 **{metric: result.values[name][metric]._asdict() for metric in METRICS},
             }
@@ -137,6 +138,13 @@ def _notes(result: AbResult) -> list[str]:
         )
     elif result.mismatch_p is not None:
         notes.append(f"The users are split over the arms as intended (chi-square p = {result.mismatch_p:.2f}).")
+    for name, arm in result.arms.items():
+        if len(arm.models) > 1:
+            shares = ", ".join(f"{model} {count:,}" for model, count in arm.models.most_common())
+            notes.append(
+                f"{name} was ranked by {len(arm.models)} model versions (exposed items: {shares}): its figures are a mixture. "
+                "Give --since the time of the change."
+            )
     if result.num_users_in_several_arms:
         notes.append(
             f"{result.num_users_in_several_arms:,} users were in several arms: the arms or the experiment's name changed in "

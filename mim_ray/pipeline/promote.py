@@ -82,12 +82,14 @@ def promote(scenario: Scenario, version: str | None, snapshot_id: str | None, ct
     from mim_ray.runtime.summary import format_summary
     from mim_ray.serving.promotion import promote_version
 
+    before = _current_version(scenario)
     release = promote_version(scenario, version, snapshot_id=snapshot_id, ctr=ctr)
     print(format_summary("Promoted", _rows(release)))
     if release.ctr_model is None:
         print("\nNo CTR model is bound to it: ranking takes the run's, if that was trained on this encoder version.")
     if release.encoder is None:
         print("\nThe run's encoder is of another version: the new-item encoder will refuse to start with this release.")
+    _tell_of_posted_items(before, release.encoder_version)
 
 
 def back(scenario: Scenario, number: int | None) -> None:
@@ -95,7 +97,26 @@ def back(scenario: Scenario, number: int | None) -> None:
     from mim_ray.runtime.summary import format_summary
     from mim_ray.serving.promotion import return_to
 
-    print(format_summary("Back", _rows(return_to(scenario, number))))
+    before = _current_version(scenario)
+    release = return_to(scenario, number)
+    print(format_summary("Back", _rows(release)))
+    _tell_of_posted_items(before, release.encoder_version)
+
+
+def _current_version(scenario: Scenario) -> str | None:
+    from mim_ray.representation_center.release import read_release
+    from mim_ray.serving.promotion import Center
+
+    release = read_release(Center.of(scenario).uri)
+    return None if release is None else release.encoder_version
+
+
+def _tell_of_posted_items(before: str | None, version: str) -> None:
+    if before is not None and before != version:
+        print(
+            f"\nThe encoder version before was {before}. Items that were posted to /v1/items under it and are not in the catalogue "
+            "are not encoded\nagain: they are ranked without content until they are posted again."
+        )
 
 
 def _parser(doc: str | None) -> argparse.ArgumentParser:

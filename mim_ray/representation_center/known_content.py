@@ -8,8 +8,10 @@ there is a newer snapshot (`opened_again`).
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +32,23 @@ from mim_ray.representation_center.updates import WindowTail
 
 logger = logging.getLogger(__name__)
 _NOT_COMMITTED = np.iinfo(np.int64).max  # of a segment that is not folded yet: after all commits
-_COLUMNS = ["item_id", "content_hash", "content_at", "commit_version", "shard_id", "deleted"]
+_COLUMNS = ["item_id", "content_hash", "content_at", "commit_version", "shard_id", "deleted", "category"]
+
+
+class Content(NamedTuple):
+    """One item's current content.
+
+    Attributes:
+        at: microseconds; NO_TIME where there is no content or its time is not known.
+        hash: None where there is no content.
+        category: None: it names none, or that is not known.
+        category_known: not where a snapshot alone shows the item, which holds no categories.
+    """
+
+    at: int
+    hash: str | None
+    category: str | None = None
+    category_known: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,7 @@ class KnownContent:
         self._tail = WindowTail(window, encoder_version)
         self._commits: TableTail | None = None
         self._problem = ""
-        self._newer: dict[str, tuple[int, int, str | None]] = {}  # item -> time, commit, hash
+        self._newer: dict[str, tuple[int, int, str | None, str | None]] = {}  # item -> time, commit, hash, category
         self.refresh()  # before the table is read: a segment that is folded in between is seen in either
         self.snapshot = _open(line)
         version, self._rows = _Rows.after(table, encoder_version, self.snapshot)
@@ -111,11 +129,11 @@ class KnownContent:
         ]
         in_table = "commit_version" in rows.column_names
         commits = rows["commit_version"].to_pylist() if in_table else [_NOT_COMMITTED] * len(rows)
-        for item_id, content, at, commit in zip(
-            rows["item_id"].to_pylist(), hashes, times(rows["content_at"]).tolist(), commits, strict=True
-        ):
+        columns = (rows["item_id"].to_pylist(), times(rows["content_at"]).tolist(), commits, hashes)
+        for item_id, at, commit, content, named in zip(*columns, rows["category"].to_pylist(), strict=True):
             if (at, commit) >= self._newer.get(item_id, (NO_TIME, -1))[:2]:
-                self._newer[item_id] = (at, commit, content)
+                category = None if named is None else sys.intern(named)  # items have categories in common
+                self._newer[item_id] = (at, commit, content, category)
 
     def look_up(self, item_ids: Ids) -> Known:
         """What is known of these items."""
@@ -140,10 +158,26 @@ class KnownContent:
             hashes = self._with_newer(keys, hashes, content_at, found)
         return Known(hashes, content_at, found)
 
-    def current(self, item_ids: Sequence[str]) -> list[tuple[int, str | None]]:
-        """(time in microseconds, hash) of each item's current content; (NO_TIME, None) where there is none."""
-        known = self.look_up(pa.array(item_ids, pa.string()))
-        return list(zip(known.content_at.tolist(), known.hashes.to_pylist(), strict=True))
+    def current(self, item_ids: Sequence[str]) -> list[Content]:
+        """Each item's current content."""
+        keys = pa.array(item_ids, pa.large_string())
+        known = self.look_up(keys)
+        found = zip(
+            item_ids, known.content_at.tolist(), known.hashes.to_pylist(), self._rows.index.find(keys), strict=True
+        )
+        return [Content(at, content, *self._category(item_id, at, row)) for item_id, at, content, row in found]
+
+    def _category(self, item_id: str, at: int, row: int) -> tuple[str | None, bool]:
+        """
+        Args:
+            at: of the item's current content: who tells of that tells of its category. row: the item's in `_rows`, or -1.
+        """
+        newer = self._newer.get(item_id)
+        if newer is not None and newer[0] >= at:
+            return newer[3], True
+        if row >= 0 and self._rows.content_at[row] >= at:
+            return self._rows.categories[int(row)].as_py(), True
+        return None, False
 
     def id_hashes(self) -> np.ndarray:
         """Ascending uint64 hashes of the ids of all items that have content (mapped, if nothing is newer than the snapshot)."""
@@ -191,6 +225,7 @@ class _Rows:
         hashes = pc.if_else(rows["deleted"], pa.scalar(None, pa.string()), rows["content_hash"])
         self.hashes = pa.concat_arrays(hashes.chunks) if hashes.num_chunks else pa.array([], pa.string())
         self.content_at = times(rows["content_at"])
+        self.categories: pa.ChunkedArray = rows["category"]
 
     @classmethod
     def after(cls, table: EmbeddingTable, encoder_version: str, snapshot: Snapshot | None) -> tuple[int, _Rows]:

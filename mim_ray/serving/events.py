@@ -4,9 +4,10 @@
     read_events(center, since=yesterday)              # each event once, as it was acknowledged
     interactions(rows)                                # as rows of the table that jobs/build_samples.py reads
 
-An event's id says which event it is: readers drop a row whose id came before. It is the caller's `event_id`; else, with an
-Idempotency-Key, a hash of the key, the event and its place in the request, so that the same post gives the same ids and the
-same answer on any replica at any time, without asking what was stored; else a random one.
+Id, user, item and event together say which event it is (`identities`): readers drop a row of which all four came before. The id
+alone does not: two callers may both number theirs from 1. It is the caller's `event_id`; else, with an Idempotency-Key, a hash of
+the key, the event and its place in the request, so that the same post gives the same ids and the same answer on any replica at
+any time, without asking what was stored; else a random one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Protocol
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from fastapi import FastAPI, Header
 from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, model_validator
 
@@ -44,6 +47,8 @@ SCHEMA = pa.schema(
         ("rating", pa.float64()),
     ]
 )
+IDENTITY = ["event_id", "user_id", "item_id", "event"]
+"""Columns that say together which event a row is; none of them holds a NUL."""
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -68,7 +73,7 @@ class Event(Message):
     """What it earned; negative for a refund."""
     rating: Number | None = None
     event_id: Id | None = None
-    """The caller's own id of this event: posted again, it counts once."""
+    """The caller's own id of this event: posted again with the same user, item and event, it counts once."""
 
 
 class EventsRequest(Message):
@@ -127,7 +132,7 @@ def event_rows(events: Sequence[Event], idempotency_key: str | None, now: dateti
     """Events as rows of SCHEMA.
 
     Raises:
-        RequestError: (422) a time that cannot be, or an event id twice.
+        RequestError: (422) a time that cannot be, or an event twice.
     """
     rows = []
     for place, event in enumerate(events):
@@ -138,9 +143,11 @@ def event_rows(events: Sequence[Event], idempotency_key: str | None, now: dateti
             raise RequestError(f"events[{place}].timestamp is before 1970. Send the time when it happened.", 422)
         known = event.model_dump(exclude={"event_id", "timestamp"})
         rows.append({**known, "event_id": _event_id(event, idempotency_key, place), "timestamp": min(at, now)})
-    if len({row["event_id"] for row in rows}) < len(rows):
-        raise RequestError("An event_id occurs twice in this request. Send each event once.", 422)
-    return pa.Table.from_pylist(rows, SCHEMA)
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    if pc.count_distinct(identities(table)).as_py() < len(rows):
+        same = "with the same user, item and event"
+        raise RequestError(f"An event_id occurs twice in this request {same}. Send each event once.", 422)
+    return table
 
 
 def event_log(center: str) -> RowLog:
@@ -157,11 +164,16 @@ def read_events(center: str, since: datetime | None = None, until: datetime | No
     return without_repeated(event_log(center).read(since, until).drop([SEGMENT]))
 
 
+def identities(rows: pa.Table) -> pa.ChunkedArray:
+    """(n,) string: which event each row is. Two rows of one event, sent again, have the same; two events never have."""
+    return pc.binary_join_element_wise(*(rows[name] for name in IDENTITY), "\0", null_handling="replace")
+
+
 def without_repeated(rows: pa.Table) -> pa.Table:
-    """Of rows with the same event id the first."""
-    numbered = rows.select(["event_id"]).append_column("row", pa.array(range(rows.num_rows), pa.int64()))
-    first = numbered.group_by("event_id").aggregate([("row", "min")])["row_min"]
-    return rows.take(first.combine_chunks().sort())
+    """Of rows of the same event the first."""
+    numbered = rows.select(IDENTITY).append_column("row", pa.array(np.arange(rows.num_rows)))
+    first = numbered.group_by(IDENTITY).aggregate([("row", "min")])["row_min"]
+    return rows if len(first) == rows.num_rows else rows.take(first.combine_chunks().sort())
 
 
 def interactions(rows: pa.Table) -> pa.Table:

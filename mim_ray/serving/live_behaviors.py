@@ -31,7 +31,7 @@ from mim_ray.config.scenario import Samples, Serving
 from mim_ray.data.event_log import is_in
 from mim_ray.serving.background import repeat
 from mim_ray.serving.behavior_store import BehaviorStore
-from mim_ray.serving.events import event_log, without_repeated
+from mim_ray.serving.events import event_log, identities, without_repeated
 from mim_ray.serving.row_log import RowLog
 from mim_ray.serving.row_log_files import SEGMENT
 
@@ -39,13 +39,13 @@ logger = logging.getLogger("ray.serve")
 FOLLOW_EVERY_S = 0.1
 REOPEN_EVERY_S = 10.0  # how often a newer build of the store is looked for
 _MADE = "made "
-REMEMBERED_IDS = 200_000  # of the newest events: a repeated post is not even written
+REMEMBERED = 200_000  # newest events: a repeated post is not even written
 
 
 class Behavior(NamedTuple):
     time: int  # microseconds
     item: str
-    event: int  # hash of the event's id
+    event: int  # hash of which event it is
 
 
 class LiveBehaviors:
@@ -64,7 +64,7 @@ class LiveBehaviors:
         # By last event. Its lists are replaced, never changed: `history` reads without the lock.
         self._users: OrderedDict[str, list[Behavior]] = OrderedDict()
         self._num_live = 0
-        self._ids: OrderedDict[str, None] = OrderedDict()
+        self._known: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
         self._polling = threading.Lock()
         self._stop = threading.Event()
@@ -125,7 +125,7 @@ class LiveBehaviors:
             rows: of events.SCHEMA.
         """
         with self._lock:
-            new = pa.array([event_id not in self._ids for event_id in rows["event_id"].to_pylist()], pa.bool_())
+            new = pa.array([one not in self._known for one in identities(rows).to_pylist()], pa.bool_())
         fresh = rows.filter(new)
         if fresh.num_rows:
             self._log.append(fresh)
@@ -136,9 +136,9 @@ class LiveBehaviors:
         found = _listed(rows.filter(pa.array(self._is_behavior(rows))))
         with self._lock:
             self._add(found)
-            self._ids.update(dict.fromkeys(rows["event_id"].to_pylist()))
-            while len(self._ids) > REMEMBERED_IDS:
-                self._ids.popitem(last=False)
+            self._known.update(dict.fromkeys(identities(rows).to_pylist()))
+            while len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
             self._forget()
 
     def load(self, since: datetime) -> None:
@@ -241,7 +241,7 @@ def build_of(behaviors: str, *, with_manifest: bool) -> str:
 def _listed(rows: pa.Table) -> Iterator[tuple[str, Behavior]]:
     """User and behavior of each row."""
     times = rows["timestamp"].cast(pa.int64()).to_pylist()
-    events = map(hash, rows["event_id"].to_pylist())
+    events = map(hash, identities(rows).to_pylist())
     items = map(sys.intern, rows["item_id"].to_pylist())  # users have items in common
     return zip(rows["user_id"].to_pylist(), map(Behavior, times, items, events), strict=True)
 

@@ -145,7 +145,7 @@ class RankResponse(Message):
 
     request_id: str
     arm: str | None = None
-    """The user's arm of the A/B test; null where there is none."""
+    """The user's arm of the A/B test; null where there is none, or where the replica cannot serve it now."""
     items: list[RankedItem]
     num_behaviors: int
     """Past items that the ranking looked at."""
@@ -228,7 +228,7 @@ class EncodedItem(Message):
     encoder_version: str
     content_hash: str
     changed: bool
-    """False: the same or newer content was already there, and nothing was done."""
+    """False: the same content under the same category, or newer content, was already there, and nothing was done."""
     rankable: bool
     """It is on all parameter machines; or there are none, and rankers read it within a fraction of a second. False: not all of
     them have confirmed it in time. It is durable, and they find it by themselves."""
@@ -273,3 +273,6 @@ class Ready(Message):
     """Number of the release that serves; null where nothing was promoted."""
     refused: str | None = None
     """What sort of problem keeps a release that was promoted from being served; null when there is none such."""
+    arms_missing: int = 0
+    """Arms of the A/B test that this replica cannot serve, and tries again about every minute; their users are in no arm
+    meanwhile."""

@@ -43,6 +43,7 @@ GAUGES: dict[str, tuple[str, Joined]] = {
     "mim_ray_live_behaviors": ("Behaviors from posted events in memory.", "max"),
     "mim_ray_exposures_dropped": ("Answers since the process started that were not logged as shown.", "sum"),
     "mim_ray_release_refused": ("1 while a promoted release cannot be served.", "max"),
+    "mim_ray_arms_missing": ("Arms of the A/B test that a replica cannot serve; their users are in no arm.", "max"),
     "mim_ray_index_recall": ("Share of the true nearest items that similar items finds; 0 while it is built.", "mean"),
 }
 """Values of now: name -> what it is, and how those of several processes become one."""

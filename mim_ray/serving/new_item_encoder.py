@@ -17,8 +17,9 @@ from mim_ray.config.scenario import Data, Serving
 from mim_ray.data.transforms import clean_title, content_hash
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.errors import ArtifactError, RequestError
-from mim_ray.representation_center.known_content import KnownContent
+from mim_ray.representation_center.known_content import Content, KnownContent
 from mim_ray.representation_center.new_items import Push, store_new_items
+from mim_ray.representation_center.snapshot import NO_TIME
 from mim_ray.representation_center.table import EmbeddingTable
 from mim_ray.representation_center.updates import segment_rows
 from mim_ray.serving.background import repeat
@@ -39,10 +40,23 @@ class _Content:
     category: str | None  # the first of several
     content_hash: str
     content_at: datetime
+    is_dated: bool  # its caller sent content_at
 
-    def replaces(self, known_at: int, known_hash: str | None) -> bool:
-        """Whether this is other content than the known, and not older (microseconds)."""
-        return self.content_hash != known_hash and _microseconds(self.content_at) >= known_at
+    def replaces(self, known: Content) -> bool:
+        """Whether this is other content than the known, or names another category, and is not older.
+
+        Where the known category is not known, the caller's own content_at decides: later than what is known, the catalogue has
+        changed something since, and the content it was not. Without it every feed that posts an item again and again would
+        store it again after each snapshot.
+        """
+        at = _microseconds(self.content_at)
+        if at < known.at or self.content_hash != known.hash:
+            return at >= known.at
+        if self.category is None:
+            return False
+        if known.category_known:
+            return self.category != known.category
+        return self.is_dated and at > known.at != NO_TIME
 
 
 class NewItemEncoder:
@@ -100,16 +114,16 @@ class NewItemEncoder:
             VersionMismatchError: this encoder is not the release's. UnavailableError: the pictures of others are decoded.
         """
         self.check_release()
+        ids = [item.item_id for item in request.items]
+        if len(set(ids)) < len(ids):  # before any picture is fetched or decoded
+            raise RequestError("An item_id occurs twice in this request. Send each item once.", 422)
         now = datetime.now(UTC)
         left = self._pictures.time_limits()
         contents = [self._check(item, place, now, left) for place, item in enumerate(request.items)]
-        ids = [content.item_id for content in contents]
-        if len(set(ids)) < len(ids):
-            raise RequestError("An item_id occurs twice in this request. Send each item once.", 422)
         with self._lock:
             self._known.refresh()
             known = self._known.current(ids)
-            new = [content for content, old in zip(contents, known, strict=True) if content.replaces(*old)]
+            new = [content for content, old in zip(contents, known, strict=True) if content.replaces(old)]
             on_machines = self._store(new) if new else None
         if new:
             self.check_release(now=True)  # promoted meanwhile: these embeddings will not be ranked with
@@ -144,7 +158,8 @@ class NewItemEncoder:
             raise RequestError(f"items[{place}].content_at {text}", 422)
         image, pixels = self._pictures.get(item, place, left)
         category = (item.category or "").partition("|")[0].strip() or None
-        return _Content(item.item_id, title, pixels, category, content_hash(title, image), content_at)
+        is_dated = item.content_at is not None
+        return _Content(item.item_id, title, pixels, category, content_hash(title, image), content_at, is_dated)
 
     def _store(self, contents: Sequence[_Content]) -> bool | None:
         """One segment: durable when this returns; whether the parameter machines have it, None where there are none."""

@@ -31,7 +31,7 @@ from mim_ray.serving.ranker import MAX_ONGOING_REQUESTS, RANK, THREADS, RankingS
 from mim_ray.serving.served import Served
 from mim_ray.serving.similar import SimilarItems
 from mim_ray.serving.similar_routes import Embed, add_similar_routes, encoder_app
-from mim_ray.serving.traffic import Traffic, arms_of
+from mim_ray.serving.traffic import Chosen, Traffic, arms_of
 
 
 def ranking_api(
@@ -57,18 +57,18 @@ def ranking_api(
     async def rank(request: RankRequest) -> Response:
         """Rank candidates for a user. Unknown users and items are scored too, by what is known."""
         service.metrics.parsed(RANK)
-        ranks = service if traffic is None else traffic.service_of(traffic.arm_of(request.user_id), service)
-        query = None
+        chosen = Chosen(service, None) if traffic is None else traffic.choose(request.user_id, service)
+        ranks, query = chosen.service, None
         if has_query(request):
             check_takes_queries(ranks.model)  # before the encoder is asked
             check_count("candidates", len(request.candidates), serving.max_candidates)
             query = await encoded(request, embed, serving.query_deadline_ms / 1e3)
         if ranks.is_short(request):
-            return ranked(request, query)
-        return await to_thread.run_sync(ranked, request, query, limiter=waiting if ranks.waits else turn)
+            return ranked(request, chosen, query)
+        return await to_thread.run_sync(ranked, request, chosen, query, limiter=waiting if ranks.waits else turn)
 
-    def ranked(request: RankRequest, query: QueryVector | None) -> Response:
-        told = service.rank(request, query) if traffic is None else traffic.rank(request, service, query)
+    def ranked(request: RankRequest, chosen: Chosen, query: QueryVector | None) -> Response:
+        told = service.rank(request, query) if traffic is None else traffic.rank(request, chosen, query)
         return Response(told.model_dump_json(), media_type="application/json")  # checked when it was built
 
     if isinstance(service.behaviors, LiveBehaviors):
@@ -92,6 +92,7 @@ def ranking_api(
             degraded=_summed([one.degraded_answers for one in services]),
             release=service.rollout.current.served.release,
             refused=service.rollout.told,
+            arms_missing=0 if traffic is None else len(traffic.missing),
         )
 
     add_similar_routes(app, similar, embed)
@@ -125,7 +126,8 @@ class RankingReplica:
             behaviors=service.behaviors,
             metrics=service.metrics,
         )
-        self._traffic = Traffic.open(serving, served, arms or {}, other)
+        self._traffic = traffic = Traffic.open(serving, served, arms or {}, other)
+        service.metrics.watch("mim_ray_arms_missing", lambda: len(traffic.missing))
         if (exposures := self._traffic.exposures) is not None:
             service.metrics.watch("mim_ray_exposures_dropped", lambda: exposures.num_dropped)
         self._similar = None
@@ -145,6 +147,7 @@ class RankingReplica:
         that waits for the interpreter's end would happen."""
         if "_reporter" not in vars(self):  # it was never ready
             return
+        self._traffic.stop()
         if self._traffic.exposures is not None:
             self._traffic.exposures.close()
         self._reporter.stop()

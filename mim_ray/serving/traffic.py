@@ -2,26 +2,32 @@
 
 A user's arm follows from a hash of the experiment's name and the user's id: every replica knows it without asking, it stays
 while the arms and their weights stay, and it has nothing to do with the arms of another experiment.
+
+An arm that cannot be opened is missing: its users get what everybody gets, as users of no arm, so that nothing is counted for it
+that it did not rank. It is tried again about every minute.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import random
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mim_ray.ciubm.export import Ranker
 from mim_ray.config import Scenario
 from mim_ray.config.scenario import Arm, Serving
-from mim_ray.errors import MimRayError
+from mim_ray.serving.background import repeat
 from mim_ray.serving.exposures import Exposures, shown_now
 from mim_ray.serving.messages import RankRequest, RankResponse
 from mim_ray.serving.query import QueryVector
 from mim_ray.serving.served import Served
 
 logger = logging.getLogger("ray.serve")
+RETRY_S = 60.0  # how often a missing arm is tried again
 
 
 class Ranks(Protocol):
@@ -41,73 +47,115 @@ class Ranks(Protocol):
     def rank(self, request: RankRequest, query: QueryVector | None = None) -> RankResponse: ...
 
 
+class Chosen(NamedTuple):
+    """What ranks for a user, and the arm that it counts for: None without arms, and where the user's arm is missing."""
+
+    service: Ranks
+    arm: str | None
+
+
 class Traffic:
     """
     Args:
-        services: of the arms that do not rank with what is served to everybody else. exposures: None logs nothing.
+        arms: those that do not rank with what is served to everybody else. open_service: opens one of them.
+        exposures: None logs nothing.
     """
 
-    def __init__(self, serving: Serving, services: Mapping[str, Ranks], exposures: Exposures | None) -> None:
+    def __init__(
+        self,
+        serving: Serving,
+        arms: Mapping[str, Served],
+        open_service: Callable[[Served], Ranks],
+        exposures: Exposures | None,
+    ) -> None:
         self._weights = {name: arm.weight for name, arm in serving.arms.items()}
         self._experiment, self._exposed_items = serving.experiment, serving.exposed_items
-        self._services = dict(services)
+        self._arms, self._open_service = dict(arms), open_service
+        self._services: dict[str, Ranks] = {}  # replaced, never changed: requests read it beside `open_missing`
+        self._problems: dict[str, str] = {}
+        self._stop = threading.Event()
         self.exposures = exposures
 
     @classmethod
     def open(
         cls, serving: Serving, served: Served, arms: Mapping[str, Served], open_service: Callable[[Served], Ranks]
     ) -> Traffic:
-        """
+        """With all arms that can be opened; the others are tried again until `stop`, or until nobody holds it.
+
         Args:
             served: names the representation center. arms: from `arms_of`.
         """
         log = bool(serving.arms) if serving.log_exposures is None else serving.log_exposures
-        return cls(
-            serving,
-            {
-                name: service
-                for name, other in arms.items()
-                if (service := _open(name, other, open_service)) is not None
-            },
-            Exposures.open(served.center, serving) if log else None,
-        )
+        traffic = cls(serving, arms, open_service, Exposures.open(served.center, serving) if log else None)
+        traffic.open_missing()
+        if traffic.missing:
+            every_s = lambda: RETRY_S * random.uniform(0.8, 1.2)  # noqa: E731 - replicas drift apart
+            repeat(traffic, traffic._stop, "missing-arms", every_s, Traffic.open_missing)
+        return traffic
 
     @property
     def services(self) -> Collection[Ranks]:
         """Of the arms that have one of their own."""
         return self._services.values()
 
+    @property
+    def missing(self) -> list[str]:
+        """Names of the arms that cannot be opened."""
+        return [name for name in self._arms if name not in self._services]
+
+    def open_missing(self) -> None:
+        """Try the missing arms once. One that cannot be opened, for whatever reason, stays missing, and the log says why: a
+        replica that dies must come back for all other users."""
+        for name in self.missing:
+            try:
+                service = self._open_service(self._arms[name])
+            except Exception as error:  # noqa: BLE001
+                reason = str(error) or type(error).__name__
+                if reason != self._problems.get(name):
+                    logger.error("The arm %s cannot be served; its users are in no arm meanwhile: %s", name, reason)
+                self._problems[name] = reason
+                continue
+            self._services = {**self._services, name: service}
+            if self._problems.pop(name, None) is not None:
+                logger.warning("The arm %s is served now.", name)
+        if not self.missing:
+            self._stop.set()
+
+    def stop(self) -> None:
+        """Try missing arms no more."""
+        self._stop.set()
+
     def arm_of(self, user_id: str) -> str | None:
+        """That the user belongs to, missing or not."""
         return arm_of(user_id, self._experiment, self._weights)
 
-    def service_of(self, arm: str | None, everybody: Ranks) -> Ranks:
-        """What ranks for an arm's users."""
-        return everybody if arm is None else self._services.get(arm, everybody)
+    def choose(self, user_id: str, everybody: Ranks) -> Chosen:
+        """What ranks for the user: the service of their arm, which is `everybody`'s where the arm has none of its own or is missing."""
+        arm = self.arm_of(user_id)
+        if arm not in self._arms:
+            return Chosen(everybody, arm)
+        service = self._services.get(arm)
+        return Chosen(everybody, None) if service is None else Chosen(service, arm)
 
-    def rank(self, request: RankRequest, everybody: Ranks, query: QueryVector | None = None) -> RankResponse:
-        """Rank with the service of the user's arm, which is `everybody`'s where the arm has none of its own."""
-        arm = self.arm_of(request.user_id)
-        answer = self.service_of(arm, everybody).rank(request, query)
-        if arm is not None:
-            answer = answer.model_copy(update={"arm": arm})
+    def rank(self, request: RankRequest, chosen: Chosen, query: QueryVector | None = None) -> RankResponse:
+        """Rank with what was chosen for the request's user, and log what is shown."""
+        answer = chosen.service.rank(request, query)
+        if chosen.arm is not None:
+            answer = answer.model_copy(update={"arm": chosen.arm})
         if self.exposures is not None:
             number = "" if answer.release is None else f"@{answer.release}"
             items = [item.item_id for item in answer.items]
             self.exposures.add(
                 shown_now(
-                    answer.request_id, request.user_id, arm, answer.model_version + number, items, self._exposed_items
+                    answer.request_id,
+                    request.user_id,
+                    chosen.arm,
+                    answer.model_version + number,
+                    items,
+                    self._exposed_items,
                 )
             )
         return answer
-
-
-def _open(name: str, served: Served, open_service: Callable[[Served], Ranks]) -> Ranks | None:
-    """None, and a line in the log, where it cannot be opened: a replica that dies must come back for all other users."""
-    try:
-        return open_service(served)
-    except MimRayError as error:
-        logger.error("The arm %s cannot be served; its users get what everybody gets: %s", name, error)
-        return None
 
 
 def arm_of(user_id: str, experiment: str, weights: Mapping[str, float]) -> str | None:

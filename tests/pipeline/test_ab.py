@@ -199,6 +199,29 @@ def test_users_whose_arm_changed_are_told(tmp_path):
     assert as_json(analyse(str(tmp_path), {}, base="b"))["comparisons"]["a"]["ctr"]["difference"]["value"] == 1.0
 
 
+def test_an_arm_that_several_model_versions_ranked_is_told_and_releases_of_one_model_are_not(tmp_path):
+    releases = {"a": ["sim-1@1", "sim-1@2", "sim-1"], "b": ["sim-1", "din-2@3", "din-2@4"]}
+    shown = [
+        Shown(f"{arm}{place}", user_hash(f"{arm}{place}"), arm, release, ["i", "j"], 0)
+        for arm, those in releases.items()
+        for place, release in enumerate(those)
+    ]
+    write(str(tmp_path), shown, [])
+    result = analyse(str(tmp_path), {})
+    assert as_json(result)["arms"]["a"]["models"] == {"sim-1": 6}
+    told = [line for line in as_text(result).splitlines() if "model versions" in line]
+    assert len(told) == 1
+    assert told[0].startswith("b was ranked by 2 model versions (exposed items: din-2 4, sim-1 2)")
+
+
+def test_events_of_several_users_under_one_id_all_count(tmp_path):
+    shown = [Shown(f"r{user}", user_hash(f"u{user}"), "ab"[user % 2], "m", ["i"], 0) for user in range(4)]
+    events = [{**event(1, f"r{user}", "i", "purchase", 5.0), "user_id": f"u{user}"} for user in range(4)]
+    write(str(tmp_path), shown, [*events, events[0]])
+    result = analyse(str(tmp_path), {})
+    assert [arm.total("revenue") for arm in result.arms.values()] == [10.0, 10.0]
+
+
 def test_what_cannot_be_compared_is_a_sentence(tmp_path):
     with pytest.raises(DataError, match=r"Set serving\.arms"):
         analyse(str(tmp_path), WEIGHTS)

@@ -59,6 +59,16 @@ def test_each_day_is_a_file_and_an_event_that_comes_again_counts_on_its_first_da
     assert files(tmp_path / "shop") == expected
 
 
+def test_events_of_several_users_under_one_id_are_all_exported(tmp_path):
+    at = datetime.now(UTC)
+    for user in ("7", "8", "7"):
+        event = {"event_id": "1", "user_id": user, "item_id": "i1", "event": "click", "timestamp": at}
+        event_log(f"{tmp_path}/center").append(pa.Table.from_pylist([event], SCHEMA))
+    export_events(f"{tmp_path}/center", f"{tmp_path}/shop")
+    (table,) = [shard.read() for shard in shards(f"{tmp_path}/shop/interactions", "interactions")]
+    assert table["user_id"].to_pylist() == ["7", "8"]
+
+
 def test_the_files_are_read_as_the_table_beside_the_shops_own(post, tmp_path):
     folder = tmp_path / "shop" / "interactions"
     folder.mkdir(parents=True)

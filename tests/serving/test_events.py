@@ -89,6 +89,26 @@ def test_a_post_that_is_repeated_on_the_same_replica_writes_nothing(client, cent
     assert event_log(center).read().num_rows == 1
 
 
+def test_callers_who_number_their_events_alike_lose_none(client, center):
+    """A replica that knows an id, one that does not, and a batch; and nobody claims an id before others use it."""
+    bought = {**EVENT, "event": "purchase", "event_id": "1"}
+    posts = [
+        {**bought, "user_id": "mallory"},
+        {**bought, "user_id": "alice"},
+        {**bought, "user_id": "bob"},
+        {**bought, "user_id": "bob", "item_id": "i2"},
+        {**bought, "user_id": "bob", "event": "click"},
+    ]
+    for post in posts:
+        assert client.post("/v1/events", json=post).json()["event_ids"] == ["1"]
+    for app in (client, client_of(replica(center))):
+        assert app.post("/v1/events", json={"events": posts}).status_code == 200, "all of them again"
+    names = ("user_id", "item_id", "event")
+    found = [tuple(row[name] for name in names) for row in read_events(center).to_pylist()]
+    assert found == [tuple(post[name] for name in names) for post in posts]
+    assert event_log(center).read().num_rows == 2 * len(posts), "the replica that knew them wrote nothing again"
+
+
 def test_another_event_under_a_used_key_is_another_event(client, center):
     for item in ("i1", "i2"):
         client.post("/v1/events", json={**EVENT, "item_id": item}, headers={"Idempotency-Key": "k"})

@@ -100,6 +100,18 @@ def test_an_event_counts_once_however_often_it_is_met(make):
         assert replica.history("new") == (["c"], [3_000])
 
 
+def test_events_of_two_users_or_items_under_one_id_are_two_behaviors_also_when_they_are_read_back(make):
+    live, other = make(), make()
+    for user, item in (("new", "c"), ("stranger", "c"), ("new", "d")):
+        live.store(table(event(user, item, 3_000, event_id="1")))
+    other.refresh()
+    fresh = make()
+    fresh.load(datetime.now(UTC) - timedelta(days=1))
+    for replica in (live, other, fresh):
+        assert replica.history("new") == (["c", "d"], [3_000, 3_000])
+        assert replica.history("stranger") == (["c"], [3_000])
+
+
 def test_an_event_that_came_into_the_store_meanwhile_counts_once(make):
     live = make()
     live.store(table(event("timed", "b", 2_000), event("timed", "c", 3_000)))

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from starlette.testclient import TestClient
 
+from mim_ray.config.scenario import Serving
 from mim_ray.data.transforms import content_hash, decode_image
 from mim_ray.encoders.item_encoder import ItemEncoder, encode_batch
 from mim_ray.representation_center.build import build_snapshot
@@ -92,6 +93,68 @@ def test_the_same_content_again_stores_nothing(client, encoder, small_run):
     assert client.post("/v1/items", json=body | {"title": "blue mug"}).json()["items"][0]["changed"]
     assert client.post("/v1/items", json=body).json()["items"][0]["changed"], "back to the first content is a change"
     assert stored(encoder, small_run).num_rows == 3
+
+
+def changed(client, **body) -> bool:
+    answer = client.post("/v1/items", json={"item_id": "n1", "title": "red mug", **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["items"][0]["changed"]
+
+
+def test_another_category_of_the_same_content_is_stored_and_the_same_one_again_is_not(client, encoder, small_run):
+    assert changed(client, category="mugs")
+    assert not changed(client, category=" mugs |gifts"), "the first of several is the category"
+    assert changed(client, category="cups")
+    assert not changed(client, category="cups")
+    assert not changed(client), "it names none"
+    old = (datetime.now(UTC) - timedelta(days=1)).isoformat()
+    assert not changed(client, category="mugs", content_at=old), "older never replaces newer"
+    rows = stored(encoder, small_run)
+    assert rows["category"].to_pylist() == ["mugs", "cups"]
+    first, second = rows["embedding"].to_pylist()
+    np.testing.assert_allclose(first, second, atol=1e-6)
+    network = ItemEncoder.load(f"{small_run.root}/csft/encoder")
+    center = f"{small_run.root}/center"
+    fold(f"{center}/window", EmbeddingTable(f"{center}/table"), keep_s=0)
+    other = TestClient(new_item_api(NewItemEncoder(network, center, small_run.scenario.data), Serving()))
+    assert not changed(other, category="cups"), "another replica reads it in the table"
+    assert changed(other, category="mugs")
+
+
+def test_an_item_that_only_the_snapshot_shows_changes_its_category_at_a_later_time_alone(client, encoder, small_run):
+    table, line = EmbeddingTable(f"{small_run.root}/center/table"), f"{small_run.root}/center/snapshots"
+
+    def forget() -> None:
+        """What every snapshot does."""
+        fold(f"{small_run.root}/center/window", table, keep_s=0)
+        build_snapshot(table, encoder.encoder_version, f"{line}/{encoder.encoder_version}")
+        encoder.take_newer_snapshot()
+
+    at = datetime.now(UTC) - timedelta(hours=2)
+    dated = {"category": "mugs", "content_at": at.isoformat()}
+    assert changed(client, **dated)
+    for _ in range(2):  # a feed that posts the same again and again
+        forget()
+        assert not changed(client, **dated)
+        assert not changed(client, category="mugs")
+    assert not changed(client, category="cups"), "whether that is another one nobody knows"
+    later = {"category": "cups", "content_at": (at + timedelta(hours=1)).isoformat()}
+    assert changed(client, **later)
+    assert not changed(client, **later)
+    forget()
+    assert not changed(client, **later)
+
+
+def test_an_id_that_comes_twice_is_refused_before_any_picture_is_fetched_or_decoded(client, encoder, picture):
+    class NoPictures(Pictures):
+        def get(self, item, place, left):
+            raise AssertionError("a picture was looked at")
+
+    encoder._pictures = NoPictures(encoder._encoder.picture, encoder._limits, Serving())
+    twice = {"items": [{"item_id": "x", "image": text_of(picture(6))}, {"item_id": "x", "title": "u"}]}
+    answer = client.post("/v1/items", json=twice)
+    assert answer.status_code == 422
+    assert "occurs twice" in answer.json()["error"]
 
 
 def test_content_that_extraction_has_encoded_is_no_change(client, encoder, small_run):

@@ -142,8 +142,11 @@ def test_the_job_shows_switches_and_returns(two_versions: Any, capsys: pytest.Ca
     main("doc", words(run))
     assert "nothing was promoted yet" in capsys.readouterr().out
     main("doc", words(run, "promote"))
+    main("doc", words(run, "promote"))
+    assert "posted" not in capsys.readouterr().out, "the encoder version is the same"
     main("doc", words(run, "promote", NEW, "--ctr", "new-mim"))
-    capsys.readouterr()
+    out = capsys.readouterr().out
+    assert f"The encoder version before was {old}. Items that were posted to /v1/items under it" in out
     main("doc", words(run, "show"))
     out = capsys.readouterr().out
     assert NEW in out
@@ -151,9 +154,10 @@ def test_the_job_shows_switches_and_returns(two_versions: Any, capsys: pytest.Ca
     assert "<- current release" in out
     main("doc", words(run, "back"))
     out = capsys.readouterr().out
-    assert "3, again 1" in out
+    assert "4, again 2" in out
+    assert f"The encoder version before was {NEW}" in out
     main("doc", words(run, "list"))
-    assert "3 current" in capsys.readouterr().out
+    assert "4 current" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

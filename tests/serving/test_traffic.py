@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ from mim_ray.config import load_scenario
 from mim_ray.config.scenario import Arm
 from mim_ray.errors import ArtifactError, ConfigError
 from mim_ray.representation_center.release import promote
+from mim_ray.serving import ranking_app
+from mim_ray.serving import traffic as traffic_module
 from mim_ray.serving.exposures import exposure_log, user_hash
 from mim_ray.serving.messages import RankRequest
+from mim_ray.serving.metrics import Metrics
 from mim_ray.serving.ranker import RankingService
 from mim_ray.serving.ranking_app import bind_ranking, ranking_api
 from mim_ray.serving.served import Served
@@ -142,7 +147,7 @@ def test_an_experiment_with_a_model_that_is_not_there_does_not_start(small_run):
         bind_ranking(small_run.scenario.model_copy(update={"serving": serving}))
 
 
-def test_an_arm_that_is_gone_when_a_replica_comes_back_costs_nobody_an_answer(experiment, caplog):
+def test_users_of_an_arm_that_cannot_be_opened_are_answered_and_counted_in_no_arm(experiment, caplog):
     scenario, served = experiment
 
     def gone(served: Served) -> RankingService:
@@ -150,12 +155,99 @@ def test_an_arm_that_is_gone_when_a_replica_comes_back_costs_nobody_an_answer(ex
 
     traffic = Traffic.open(scenario.serving, served, arms_of(scenario, served), gone)
     everybody = RankingService.open(served, scenario.serving)
-    for user in ("u1", "u2", "u3", "u4", "u5", "u6"):
-        answer = traffic.rank(RankRequest(user_id=user, candidates=["i1"]), everybody)
-        assert answer.model_version == everybody.model_version
+    client = TestClient(ranking_api(everybody, scenario.serving, traffic), raise_server_exceptions=False)
+    arms = {}
+    for number in range(1, 7):
+        answer = client.post("/v1/rank", json={"user_id": f"u{number}", "candidates": ["i1"]}).json()
+        assert answer["model_version"] == everybody.model_version
+        arms[user_hash(f"u{number}")] = answer["arm"]
+    intended = [traffic.arm_of(f"u{number}") for number in range(1, 7)]
+    assert set(intended) == {"control", "other"}
+    assert list(arms.values()) == ["control" if arm == "control" else None for arm in intended]
+    ready = client.get("/readyz")
+    assert ready.json()["arms_missing"] == 1
+    assert str(scenario.run.root) not in ready.text
     assert "The arm other cannot be served" in caplog.text
+    traffic.exposures.stop()
+    assert {row["user_hash"]: row["arm"] for row in exposure_log(served.center).read().to_pylist()} == arms
+    traffic.stop()
     everybody.embeddings.stop()
     everybody.behaviors.stop()
+
+
+def test_a_replica_that_started_while_storage_was_away_becomes_whole(experiment, monkeypatch, caplog):
+    monkeypatch.setattr(traffic_module, "RETRY_S", 0.01)
+    scenario, served = experiment
+    everybody = RankingService.open(served, scenario.serving)
+    back, tried = threading.Event(), threading.Semaphore(0)
+
+    def other(served: Served) -> RankingService:
+        tried.release()
+        if not back.is_set():
+            raise OSError("storage is away")  # none of ours
+        return RankingService.open(served, scenario.serving, behaviors=everybody.behaviors, metrics=everybody.metrics)
+
+    before = set(threading.enumerate())
+    traffic = Traffic.open(scenario.serving, served, arms_of(scenario, served), other)
+    (thread,) = [one for one in set(threading.enumerate()) - before if one.name == "missing-arms"]
+    for _ in range(4):
+        assert tried.acquire(timeout=60), "it is not tried again"
+    user = next(user for user in USERS if traffic.arm_of(user) == "other")
+    request = RankRequest(user_id=user, candidates=["i1"])
+    assert traffic.missing == ["other"]
+    assert traffic.rank(request, traffic.choose(user, everybody)).arm is None
+    back.set()
+    thread.join(60)
+    assert not thread.is_alive(), "nothing is left to be tried"
+    assert traffic.missing == []
+    answer = traffic.rank(request, traffic.choose(user, everybody))
+    assert (answer.arm, answer.model_version != everybody.model_version) == ("other", True)
+    assert caplog.text.count("The arm other cannot be served") == 1
+    traffic.exposures.stop()
+    for service in (everybody, *traffic.services):
+        service.embeddings.stop()
+    everybody.behaviors.stop()
+
+
+def test_a_replica_counts_the_arms_that_it_lacks(experiment, monkeypatch):
+    class NoReporter:  # it would ask Ray for the other replicas' metrics
+        def __init__(self, metrics: Metrics) -> None:
+            pass
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(ranking_app, "Reporter", NoReporter)
+    scenario, served = experiment
+    serving = scenario.serving.model_copy(update={"similar_items": False, "log_exposures": False})
+    arms = arms_of(scenario, served)
+    for lost, expected in ((0, 0.0), (1, 1.0)):
+        gone = {name: replace(arm, ctr=f"{arm.ctr}-gone") if lost else arm for name, arm in arms.items()}
+        replica = ranking_app.RankingReplica(served, serving, arms=gone)
+        values = {
+            family.name: [value for *_, value in family.samples] for family in replica._service.metrics.families()
+        }
+        assert values["mim_ray_arms_missing"] == [expected]
+        for service in (replica._service, *replica._traffic.services):
+            service.embeddings.stop()
+        replica._service.behaviors.stop()
+
+
+def test_a_missing_arm_is_tried_no_more_when_nobody_holds_the_replica(experiment, monkeypatch):
+    monkeypatch.setattr(traffic_module, "RETRY_S", 0.01)
+    scenario, served = experiment
+
+    def gone(served: Served) -> RankingService:
+        raise OSError("storage is away")
+
+    serving = scenario.serving.model_copy(update={"log_exposures": False})
+    before = set(threading.enumerate())
+    traffic = Traffic.open(serving, served, arms_of(scenario, served), gone)
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.is_alive()
+    del traffic
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_without_arms_nothing_is_logged_unless_it_is_wanted(small_run):
