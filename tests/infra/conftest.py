@@ -59,7 +59,7 @@ class Head:
         return self.run("ray", "job", "submit", *address, "--working-dir", ".", "--", *entrypoint, timeout=timeout)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """`ray start --head` with token authentication, everything on loopback; stopped by its process group at the end."""
     folder = Path(tempfile.mkdtemp(prefix="mr-"))  # short: Ray's sockets live below it

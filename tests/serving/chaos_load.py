@@ -242,7 +242,8 @@ def check_only_refused_until_back(load: Load, killed: Kill) -> None:
     answered = [call for call in load.calls if not (call.failed or call.shipped) and call.start > killed.after]
     up = min(call.end for call in answered)
     print(f"away for {up - killed.before:.1f} s, {len(failed)} failed, {Counter(call.status for call in failed)}")
-    assert any(call.under_way_at(killed) for call in failed), "nothing was under way"
+    assert any(call.under_way_at(killed) for call in load.calls), "nothing was under way"
+    assert failed, "it was not missed: another one has its place"
     assert [call for call in failed if call.start < killed.before and not call.under_way_at(killed)] == []
     assert [call for call in failed if call.start > up] == [], "it is back"
     for call in failed:  # cut off, refused, or there is no app yet
