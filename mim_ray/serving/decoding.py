@@ -45,7 +45,7 @@ class TimeLeft:
 
 
 class ImageDecoder:
-    """One decoding process, started with the first picture and again after it had to be ended. Safe to use from several
+    """One decoding process, started with the first picture (or `start`) and again after it had to be ended. Safe to use from several
     threads: they take turns.
 
     Args:
@@ -64,11 +64,21 @@ class ImageDecoder:
         """This process' decoder with these limits."""
         return ImageDecoder(max_bytes, max_pixels)
 
+    def start(self) -> None:
+        """Start the process now, and not with the first picture, for which others would wait.
+
+        Raises:
+            UnavailableError: it does not start.
+        """
+        with self._lock:
+            self._running()
+
     def decode(self, data: bytes, picture: PictureFormat, left: TimeLeft) -> np.ndarray:
         """As data.transforms.decode_image: (3, S, S) uint8. Takes the time it needs from `left`.
 
         Raises:
-            BadImage: as there; and "image too slow". UnavailableError: the pictures of others took all the time to wait.
+            BadImage: as there; and "image too slow". UnavailableError: the pictures of others took all the time to wait, or the
+                process does not start.
         """
         if len(data) > self._max_bytes:
             raise BadImage("image too large", f"{len(data)} bytes, the limit is {self._max_bytes}")
@@ -119,7 +129,7 @@ class ImageDecoder:
             reply, _ = _ask(self._process, None, b"", START_TIMEOUT_S)
             if reply is None:
                 self.close()
-                raise RuntimeError(f"the image decoder did not start within {START_TIMEOUT_S:g} s")
+                raise UnavailableError(f"The image decoder did not start within {START_TIMEOUT_S:g} s. Try again.")
         return self._process
 
 

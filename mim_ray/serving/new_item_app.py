@@ -23,6 +23,7 @@ from mim_ray.representation_center.new_items import Push
 from mim_ray.representation_center.parameter_client import ParameterClient
 from mim_ray.representation_center.release import check_versions
 from mim_ray.representation_center.snapshot import Snapshot
+from mim_ray.serving.decoding import ImageDecoder
 from mim_ray.serving.encoder_rollout import CurrentEncoder, OpenEncoder
 from mim_ray.serving.fetch import check_prefixes
 from mim_ray.serving.limits import FULL_QUEUE, check_exposure, guarded
@@ -98,6 +99,7 @@ class NewItemReplica:
             rollout = Rollout(first, read, lambda wanted: open_encoder(wanted, before=rollout.current))
             rollout.start(serving.follow_release_s)
         self._encoder = CurrentEncoder(rollout)
+        ImageDecoder.shared(limits.max_image_bytes, limits.max_image_pixels).start()
         self._serving = serving
         self._folding = WindowFolding(served.center, serving.window_s)
         self._metrics = Metrics(APP, self._versions, MAX_ONGOING_REQUESTS)

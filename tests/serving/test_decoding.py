@@ -268,3 +268,16 @@ def test_the_decoder_sees_no_secrets(decoder, monkeypatch):
         names = {entry.partition(b"=")[0] for entry in environ.read().split(b"\0")} - {b""}
     fresh.close()
     assert names <= {b"PATH", b"PYTHONPATH", b"OMP_NUM_THREADS", b"LC_CTYPE"}
+
+
+def test_a_decoder_that_is_started_is_the_one_that_decodes_and_one_that_does_not_start_is_tried_again(monkeypatch):
+    fresh = ImageDecoder(MAX_BYTES, MAX_PIXELS)
+    with monkeypatch.context() as quick:
+        quick.setattr("mim_ray.serving.decoding.START_TIMEOUT_S", 0.0)
+        with pytest.raises(UnavailableError, match="did not start"):
+            fresh.start()
+    fresh.start()
+    pid = fresh._process.pid
+    fresh.decode(GOOD["PNG"][0], SMALL, TimeLeft(60.0))
+    assert fresh._process.pid == pid
+    fresh.close()
