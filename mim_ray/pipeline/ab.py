@@ -212,10 +212,9 @@ def _add(exposures: pa.Table, outcomes: pa.Table, arms: dict[str, ArmSums]) -> i
         arm.sums += [np.bincount(group, column, NUM_GROUPS) for column in columns]
         arm.users = np.union1d(arm.users, hashes)
         arm.num_requests += pc.count_distinct(rows["request_id"]).as_py()
-        for count in pc.value_counts(rows["release"]).to_pylist():
-            arm.models[str(count["values"]).partition("@")[0]] += count[
-                "counts"
-            ]  # the release's number is no other model
+        for met in pc.value_counts(rows["release"]).to_pylist():
+            model, _, _ = str(met["values"]).partition("@")  # another release of it is no other model
+            arm.models[model] += met["counts"]
         num_matched += rows.num_rows - rows["clicked"].null_count
     return num_matched
 
